@@ -1,0 +1,157 @@
+"""A KV cache that knows which prompt tokens it holds.
+
+Two-faced length: outside the text model (``generate``, mask builders) lengths are those of the unpruned sequence;
+inside it they are what is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from vlmprune.core.errors import UnsupportedError
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTokens:
+    """Which prompt tokens a run of layers works on.
+
+    Attributes:
+        index: ``[B, n]`` int64 places in the unpruned prompt, ascending; fillers (on the left) repeat a real token.
+        valid: ``[B, n]`` bool; False for fillers and padding.
+        full: every entry of ``valid`` is True, known on the host.
+        shift: ``[B]`` what later tokens' positions are reduced by, None for nothing.
+    """
+
+    index: Tensor
+    valid: Tensor
+    full: bool
+    shift: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Stored tokens per row."""
+        return self.index.shape[1]
+
+    def rows(self, index: Tensor) -> LayerTokens:
+        """The same for other batch rows (beam reordering, repetition)."""
+        index = index.to(self.index.device)
+        shift = None if self.shift is None else self.shift[index]
+        return LayerTokens(self.index[index], self.valid[index], self.full, shift)
+
+
+@dataclass
+class PromptState:
+    """Kept prompt tokens of every decoder layer."""
+
+    length: int
+    layers: list[LayerTokens] = field(default_factory=list)
+    inside: bool = False
+
+    def dropped(self, layer: int) -> int:
+        """Prompt tokens that ``layer`` does not store."""
+        return self.length - self.layers[layer].length if layer < len(self.layers) else 0
+
+    def select_rows(self, index: Tensor) -> None:
+        """Follow a change of batch rows; layers that share tokens go on sharing them."""
+        changed: dict[int, LayerTokens] = {}
+        for i, tokens in enumerate(self.layers):
+            if id(tokens) not in changed:
+                changed[id(tokens)] = tokens.rows(index)
+            self.layers[i] = changed[id(tokens)]
+
+
+class PrunedDynamicCache(DynamicCache):
+    """``DynamicCache`` with a :class:`PromptState`; a plain one becomes it when its prompt is pruned."""
+
+    prompt: PromptState
+
+    @classmethod
+    def adopt(cls, cache: DynamicCache, prompt: PromptState) -> PrunedDynamicCache:
+        """Turn ``cache`` into this class, in place."""
+        cache.__class__ = cls
+        cache.prompt = prompt  # type: ignore[attr-defined]
+        return cache  # type: ignore[return-value]
+
+    def _outside(self, layer: int) -> int:
+        return 0 if self.prompt.inside or not self._filled(layer) else self.prompt.dropped(layer)
+
+    def _filled(self, layer: int) -> bool:
+        return self.stored(layer) > 0
+
+    def stored(self, layer: int = 0) -> int:
+        """Tokens that ``layer`` holds."""
+        return super().get_seq_length(layer)
+
+    def generated(self, layer: int = 0) -> int:
+        """Tokens that ``layer`` holds beyond the prompt."""
+        return self.stored(layer) - self.prompt.layers[layer].length
+
+    def get_seq_length(self, layer_idx: int = 0, *args: Any, **kwargs: Any) -> int:
+        return super().get_seq_length(layer_idx, *args, **kwargs) + self._outside(layer_idx)
+
+    def get_mask_sizes(self, query: Any, layer_idx: int = 0, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        length, offset = super().get_mask_sizes(query, layer_idx, *args, **kwargs)
+        return length + self._outside(layer_idx), offset
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.prompt.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        rows = torch.arange(self.prompt.layers[0].index.shape[0], device=self.prompt.layers[0].index.device)
+        self.prompt.select_rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.prompt.select_rows(indices)
+
+    def crop(self, length: int) -> None:
+        """Remove tokens from the end; transformers 4 gives the length to keep, 5 a negative count."""
+        remove = self.get_seq_length() - length if length > 0 else -length
+        if remove <= 0:
+            return
+        if remove > self.generated():
+            raise UnsupportedError(
+                f"crop would cut {remove - self.generated()} tokens into the pruned prompt; crop generated tokens "
+                "only, or start again from the prompt."
+            )
+        super().crop(-remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.prompt = PromptState(0)
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse caches that pruning cannot serve.
+
+    Raises:
+        UnsupportedError: naming the cache and the way out.
+    """
+    if cache is None or (type(cache) in (DynamicCache, PrunedDynamicCache) and not getattr(cache, "offloading", False)):
+        return
+    kind = "an offloaded DynamicCache" if type(cache) is DynamicCache else type(cache).__name__
+    raise UnsupportedError(
+        f"Pruning works on the default DynamicCache, not on {kind}. Drop cache_implementation / past_key_values, "
+        "or run this call inside handle.disabled()."
+    )
+
+
+def check_window(cache: Any, window: int | None, total: int) -> None:
+    """Refuse prompts that outgrow a sliding attention window.
+
+    Raises:
+        UnsupportedError: the sequence is longer than the window, so stored tokens would be evicted behind our back.
+    """
+    sliding = window is not None and any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ()))
+    if sliding and window is not None and total > window:
+        raise UnsupportedError(
+            f"The sequence of {total} tokens exceeds the model's sliding attention window of {window}; pruning serves "
+            "sequences inside the window. Shorten the prompt or run inside handle.disabled()."
+        )

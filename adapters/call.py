@@ -1,0 +1,123 @@
+"""State of one forward through the text model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.adapters.cache import LayerTokens, PrunedDynamicCache
+from vlmprune.adapters.layout import PromptLayout
+from vlmprune.core.report import Report
+from vlmprune.core.selection import Selection
+from vlmprune.core.signals import Signal
+
+
+@dataclass(eq=False)
+class Prefill:
+    """A forward whose prompt holds visual tokens.
+
+    Everything per token is kept in the coordinates of the unpruned prompt, ``[B, L, ...]``.
+
+    Attributes:
+        layout, report: where the images stand; what is done with them.
+        image_id: ``[B, L]`` image of a visual token in its row, -1 for text and padding.
+        real: ``[B, L]`` bool, not padding.
+        positions: incoming position ids ``[..., B, L]``.
+        base: tokens that layer 0 works on; ``tokens``: those of the current layer.
+        relative: ``[B, n]`` place of the current tokens in layer 0's sequence, None while they are the same.
+        removed: ``[B, L]`` bool, dropped at a site with compact positions.
+        visual: visual tokens left per row, known on the host.
+        fields: carried per-token values ``[B, L, ...]``.
+        signals: text signals recorded so far.
+        stage: keyword arguments prepared for the current tokens.
+        renumbered: positions changed since layer 0.
+    """
+
+    layout: PromptLayout
+    report: Report
+    image_id: Tensor
+    real: Tensor
+    positions: Tensor
+    base: LayerTokens
+    tokens: LayerTokens
+    removed: Tensor
+    visual: list[int]
+    cache: PrunedDynamicCache | None = None
+    relative: Tensor | None = None
+    fields: dict[str, Tensor] = field(default_factory=dict)
+    signals: dict[Signal, Any] = field(default_factory=dict)
+    stage: dict[str, Any] = field(default_factory=dict)
+    renumbered: bool = False
+
+    @property
+    def text(self) -> list[int]:
+        """Real text tokens per row."""
+        visual = self.layout.visual_per_row()
+        return [real - count for real, count in zip(self.layout.real, visual, strict=True)]
+
+    def width(self) -> int:
+        """Sequence length that holds every row's text and remaining visual tokens."""
+        return max(text + visual for text, visual in zip(self.text, self.visual, strict=True))
+
+    def numbered(self, tokens: LayerTokens) -> Tensor:
+        """Position ids of ``tokens``: incoming ones less the removed tokens before each."""
+        before = self.removed.long().cumsum(1) - self.removed.long()
+        positions = self.positions - before
+        return positions.gather(-1, tokens.index.expand(*positions.shape[:-1], -1))
+
+    def shift(self) -> Tensor:
+        """``[B]`` what later positions are reduced by."""
+        return self.removed.sum(1)
+
+    def carry_in(self, rows: Tensor, place: Tensor) -> dict[str, Tensor]:
+        """Carried values of the tokens at ``place [I, N]`` of rows ``[I]``."""
+        return {name: values[rows[:, None], place] for name, values in self.fields.items()}
+
+    def carry_out(self, selection: Selection, rows: Tensor, place: Tensor, carried: dict[str, Tensor]) -> None:
+        """Re-index carried values by a selection over the tokens at ``place [I, N]`` of rows ``[I]``."""
+        anchors = selection.anchors()
+        target = place.gather(1, anchors.clamp_min(0))
+        ok = anchors >= 0
+        for name, values in {**carried, **selection.carry}.items():
+            field_shape = (*self.image_id.shape, *values.shape[2:])
+            if name not in self.fields:
+                self.fields[name] = values.new_zeros(field_shape)
+            row_index = rows[:, None].expand_as(target)
+            how = replace(selection, mode="sum") if name == "sizes" and selection.group_id is not None else selection
+            self.fields[name] = self.fields[name].index_put((row_index[ok], target[ok]), how.apply(values)[ok])
+
+
+@dataclass(eq=False)
+class Decode:
+    """A forward on top of a pruned cache: decoded tokens, or a text-only turn.
+
+    Attributes:
+        cache: with the prompt's state.
+        mask: 2-D mask over the unpruned sequence ``[B, total]``, or None.
+        positions: incoming position ids ``[..., B, q]``.
+        queries, total: new tokens, and length of the unpruned sequence with them.
+        prepared: keyword arguments per run of layers that share tokens.
+    """
+
+    cache: PrunedDynamicCache
+    mask: Tensor | None
+    positions: Tensor
+    queries: int
+    total: int
+    prepared: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def columns(self, tokens: LayerTokens) -> Tensor:
+        """``[B, n + generated + q]`` places of a layer's keys in the unpruned sequence."""
+        later = torch.arange(self.cache.prompt.length, self.total, device=tokens.index.device)
+        return torch.cat([tokens.index, later.expand(tokens.index.shape[0], -1)], 1)
+
+    def valid(self, tokens: LayerTokens) -> Tensor:
+        """``[B, n + generated + q]`` bool: keys of a layer that are real tokens."""
+        later = self.total - self.cache.prompt.length
+        valid = torch.cat([tokens.valid, tokens.valid.new_ones(tokens.valid.shape[0], later)], 1)
+        if self.mask is None:
+            return valid
+        return valid & (self.mask.gather(1, self.columns(tokens)) != 0)

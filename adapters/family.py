@@ -1,0 +1,138 @@
+"""What an adapter family must say about its model; everything else is shared."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from vlmprune.adapters.layout import PromptLayout
+from vlmprune.core.errors import UnsupportedError
+from vlmprune.core.info import ModelInfo
+
+
+class Family(ABC):
+    """Names a model's parts and reads its calls. Instances belong to one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """True if this family serves ``model`` (unwrapped)."""
+
+    @abstractmethod
+    def info(self) -> ModelInfo:
+        """The model's facts.
+
+        Raises:
+            UnsupportedError: a configuration that this family cannot serve.
+        """
+
+    @property
+    @abstractmethod
+    def text_model(self) -> nn.Module:
+        """The decoder stack, called with ``inputs_embeds``."""
+
+    @property
+    def base(self) -> nn.Module | None:
+        """The module that merges image features into the prompt; None for a bare decoder."""
+        return None
+
+    @property
+    def tower(self) -> nn.Module | None:
+        """The vision tower."""
+        return None
+
+    @property
+    def projector(self) -> nn.Module | None:
+        """The projector."""
+        return None
+
+    def vision_blocks(self) -> Sequence[nn.Module]:
+        """Blocks of the tower, in order."""
+        return ()
+
+    def vision_attention(self, block: int) -> nn.Module:
+        """The attention module of a tower block."""
+        return self.vision_blocks()[block].self_attn
+
+    def decoder_layers(self) -> Sequence[nn.Module]:
+        """Decoder layers, in order."""
+        return self.text_model.layers
+
+    def text_attention(self, layer: int) -> nn.Module:
+        """The attention module of a decoder layer."""
+        return self.decoder_layers()[layer].self_attn
+
+    @abstractmethod
+    def layout(self, kwargs: Mapping[str, Any]) -> PromptLayout | None:
+        """The images of a call (keywords of ``base`` or of the bare text model), or None where it has none.
+
+        Raises:
+            InputError: placeholders and images do not fit together.
+        """
+
+    def brings_images(self, kwargs: Mapping[str, Any]) -> bool:
+        """True if the call encodes images or brings encoded ones."""
+        return False
+
+    def check_call(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse keywords that change which features the call uses."""
+
+
+def text_info(config: Any) -> dict[str, Any]:
+    """Decoder sizes for :class:`ModelInfo` from a text config."""
+    heads = config.num_attention_heads
+    return {
+        "text_depth": config.num_hidden_layers,
+        "text_hidden": config.hidden_size,
+        "text_heads": heads,
+        "text_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "text_head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "text_ffn": getattr(config, "intermediate_size", None),
+    }
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside ``torch.compile``, DDP and PEFT wrappers.
+
+    A model that is compiled already would ignore new hooks, so its compiled code is dropped.
+    """
+    import torch
+
+    while True:
+        if "_orig_mod" in model._modules:
+            torch._dynamo.reset()
+            model = model._modules["_orig_mod"]
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def find_module(root: nn.Module, paths: Sequence[str], what: str) -> nn.Module:
+    """The first of several attribute paths that exists.
+
+    Raises:
+        UnsupportedError: none does; names class and version.
+    """
+    import transformers
+
+    for path in paths:
+        node: Any = root
+        for name in path.split("."):
+            node = getattr(node, name, None)
+            if node is None:
+                break
+        if node is not None:
+            return node
+    raise UnsupportedError(
+        f"No {what} found in {type(root).__name__} of transformers {transformers.__version__} "
+        f"(tried {', '.join(paths)}); this version is not supported."
+    )

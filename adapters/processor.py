@@ -1,0 +1,96 @@
+"""Image-site policies: what happens to images before the model sees them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image
+
+from vlmprune.core.errors import InputError
+from vlmprune.core.info import ModelInfo
+from vlmprune.core.policy import Policy
+
+
+class ReducingImageProcessor:
+    """Stands in for a processor's image processor: reduces images, then calls the original.
+
+    Everything else is the original's, so that saving a processor while a policy is applied saves the original's
+    settings.
+    """
+
+    def __init__(self, original: Any, policies: list[Policy]) -> None:
+        self._original = original
+        self._policies = policies
+        self.enabled = True
+        self.geometry: list[dict[str, Any]] = []
+
+    def __call__(self, images: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if self.enabled and images is not None:
+            self.geometry = []
+            images = self._reduce(images)
+        return self._original(images, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_original":
+            raise AttributeError(name)
+        return getattr(self._original, name)
+
+    def _reduce(self, images: Any) -> Any:
+        if isinstance(images, (list, tuple)):
+            return [self._reduce(image) for image in images]
+        if not isinstance(images, Image.Image):
+            raise InputError(f"Policies that act on images take PIL images, not {type(images).__name__}.")
+        before = images.size
+        for policy in self._policies:
+            images = policy.resize(images)  # type: ignore[attr-defined]
+        self.geometry.append({"size": list(before), "reduced_size": list(images.size)})
+        return images
+
+
+class ProcessorHook:
+    """A processor whose image processor is replaced until :meth:`remove`."""
+
+    def __init__(self, processor: Any, policies: list[Policy]) -> None:
+        self._processor = processor
+        self._original = processor.image_processor
+        self._stand_in = ReducingImageProcessor(self._original, policies)
+        processor.image_processor = self._stand_in
+
+    def geometry(self) -> list[dict[str, Any]]:
+        """Sizes before and after, of the last call's images."""
+        return self._stand_in.geometry
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave images as they are inside this block."""
+        self._stand_in.enabled = False
+        try:
+            yield
+        finally:
+            self._stand_in.enabled = True
+
+    def remove(self) -> None:
+        """Give the processor its own image processor back."""
+        if self._processor.image_processor is self._stand_in:
+            self._processor.image_processor = self._original
+
+
+def attach_processor(policy: Policy, processor: Any, info: ModelInfo) -> ProcessorHook | None:
+    """Hook the image-site members of a policy into a processor; None where there are none.
+
+    Raises:
+        InputError: the policy needs a processor and none, or an unsuitable or already hooked one, was given.
+    """
+    members = [leaf for leaf in policy.leaves() if leaf.needs_processor() and leaf.reduces(info)]
+    if not members:
+        return None
+    names = ", ".join(leaf.name for leaf in members)
+    if processor is None:
+        raise InputError(f"{names} acts on images before the model sees them; give processor=, the model's processor.")
+    if not hasattr(processor, "image_processor"):
+        raise InputError(f"{type(processor).__name__} has no image_processor; give the model's whole processor.")
+    if isinstance(processor.image_processor, ReducingImageProcessor):
+        raise InputError("This processor is in use by another applied policy; remove that one first.")
+    return ProcessorHook(processor, members)

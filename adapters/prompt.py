@@ -1,0 +1,143 @@
+"""Shortening the prompt before the text model (site ``post_encoder``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.adapters import masks
+from vlmprune.adapters.cache import LayerTokens
+from vlmprune.adapters.call import Prefill
+from vlmprune.adapters.sites import Step, run_step, site_signals
+from vlmprune.adapters.source import SignalSource
+from vlmprune.core import signals as s
+from vlmprune.core.context import Context
+from vlmprune.core.info import ModelInfo
+from vlmprune.core.selection import Selection
+from vlmprune.core.sites import Site
+from vlmprune.kernels.gather import gather_tokens, pack_indices
+
+
+def reduce_images(
+    steps: tuple[Step, ...], call: Prefill, embeds: Tensor, info: ModelInfo, source: SignalSource
+) -> tuple[Tensor, Tensor] | None:
+    """Run the post-encoder steps.
+
+    Returns:
+        Embeddings with new features written in ``[B, L, D]`` and the tokens that stay ``[B, L]`` bool, or None where
+        every token stays as it is.
+    """
+    layout = call.layout
+    rows = torch.tensor(layout.samples, device=embeds.device)
+    place, valid = layout.positions(embeds.device), layout.valid(embeds.device)
+    lengths, views = layout.lengths, tuple(image.views for image in layout.images)
+    features = embeds[rows[:, None], place]
+    history: list[Selection] = []
+    for step in steps:
+        carried = call.carry_in(rows, place)
+        context = Context(
+            site=Site.POST_ENCODER,
+            info=info,
+            budget=step.policy.budget,
+            lengths=lengths,
+            valid=valid,
+            features=features,
+            signals=site_signals(step, features, partial(source.image_signal, features=features), partial(_again, history)),
+            views=views,
+            sample=layout.samples,
+            carry=carried,
+            sizes=carried.get("sizes"),
+            seeds=source.seeds(step.policy),
+        )
+        selection = run_step(step, context, call.report)
+        call.carry_out(selection, rows, place, carried)
+        features = selection.apply(features, features=True)
+        anchors = selection.anchors()
+        new_place = place.gather(1, anchors.clamp_min(0))
+        new_valid = anchors >= 0
+        if step.request.positions == "compact":
+            gone = scatter_true(call.removed.shape, rows, place, valid)
+            call.removed |= gone & ~scatter_true(call.removed.shape, rows, new_place, new_valid)
+            call.renumbered = True
+        place, valid, lengths = new_place, new_valid, selection.out_counts()
+        views = ((),) * len(lengths)
+        history.append(selection)
+    if lengths == layout.lengths and all(selection.is_pruning for selection in history):
+        return None
+    call.visual = [0] * layout.rows
+    for row, count in zip(layout.samples, lengths, strict=True):
+        call.visual[row] += count
+    if not all(selection.is_pruning for selection in history):
+        embeds = write_tokens(embeds, rows, place, valid, features)
+    text = call.real & (call.image_id < 0)
+    return embeds, text | scatter_true(text.shape, rows, place, valid)
+
+
+def _again(history: list[Selection], value: Tensor) -> Tensor:
+    """Per-token values re-indexed by the selections made so far."""
+    for selection in history:
+        value = selection.apply(value)
+    return value
+
+
+def write_tokens(target: Tensor, rows: Tensor, place: Tensor, valid: Tensor, values: Tensor) -> Tensor:
+    """``target [B, L, D]`` with ``values [I, N, D]`` written at the valid ``place [I, N]`` of rows ``[I]``."""
+    batch, length, width = target.shape
+    flat = torch.cat([target.reshape(-1, width), target.new_zeros(1, width)])
+    index = torch.where(valid, rows[:, None] * length + place, batch * length).flatten()
+    flat = flat.index_copy(0, index, values.reshape(-1, width).to(target.dtype))
+    return flat[:-1].view(batch, length, width)
+
+
+def scatter_true(shape: tuple[int, ...], rows: Tensor, place: Tensor, valid: Tensor) -> Tensor:
+    """``[B, L]`` bool, True at the valid ``place [I, N]`` of rows ``[I]``."""
+    flat = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.bool, device=place.device)
+    index = torch.where(valid, rows[:, None] * shape[1] + place, shape[0] * shape[1])
+    flat[index.flatten()] = True
+    return flat[:-1].view(shape)
+
+
+def packed_tokens(call: Prefill, keep: Tensor) -> LayerTokens:
+    """Tokens ``keep [B, L]`` moved together, fillers on the left."""
+    width = call.width()
+    full = all(text + visual == width for text, visual in zip(call.text, call.visual, strict=True))
+    index, valid = pack_indices(keep, side="left", width=width)
+    if not full:
+        first = torch.where(valid, index, keep.shape[1]).amin(1, keepdim=True)
+        index = torch.where(valid, index, first)
+    return LayerTokens(index, valid, full, call.shift())
+
+
+def shorten(kwargs: Mapping[str, Any], call: Prefill, embeds: Tensor, keep: Tensor) -> dict[str, Any]:
+    """Keyword arguments of the text model for the shorter prompt; sets the call's tokens."""
+    tokens = packed_tokens(call, keep)
+    call.base = call.tokens = tokens
+    mask = kwargs.get("attention_mask")
+    shorter = masks.gather_square(mask, tokens.index, tokens.valid, tokens.full)
+    if shorter is None and kwargs.get("past_key_values") is None:
+        shorter = tokens.valid.long()  # without a mask, gaps in the positions would be read as packed sequences
+    changed = {
+        **kwargs,
+        "inputs_embeds": gather_tokens(embeds, tokens.index),
+        "input_ids": None,
+        "position_ids": call.numbered(tokens),
+        "attention_mask": shorter,
+    }
+    if kwargs.get("cache_position") is not None:
+        changed["cache_position"] = torch.arange(tokens.length, device=embeds.device)
+    return changed
+
+
+def restore(hidden: Tensor, call: Prefill) -> Tensor:
+    """Hidden states ``[B, n, D]`` back at their places in the unpruned prompt, zeros where tokens were dropped."""
+    tokens = call.tokens
+    length = call.image_id.shape[1]
+    place = torch.where(tokens.valid, tokens.index, length)
+    full = hidden.new_zeros(hidden.shape[0], length + 1, hidden.shape[2])
+    return full.scatter(1, place[..., None].expand_as(hidden), hidden)[:, :length]
+
+

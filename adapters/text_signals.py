@@ -1,0 +1,86 @@
+"""Signals of the text model, read from queries and keys of one layer at prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmprune.adapters.call import Prefill
+from vlmprune.core import signals as s
+from vlmprune.kernels.column_mass import attention_rows, group_mass
+
+TEXT_ROWS, VISUAL_ROWS = 0, 1
+SYSTEM_COLUMNS, TEXT_COLUMNS, VISUAL_COLUMNS = 0, 1, 2
+
+
+class LayerRecorder:
+    """The tap's recorder of one decoder layer."""
+
+    def __init__(self, wanted: tuple[s.Signal, ...], current: Callable[[], Prefill | None]) -> None:
+        self._wanted = wanted
+        self._current = current
+
+    def record(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
+        call = self._current()
+        if call is None:
+            return
+        with torch.no_grad():
+            for signal in self._wanted:
+                call.signals[signal] = text_signal(signal, call, query.detach(), key.detach(), mask, scale)
+
+
+def text_signal(
+    signal: s.Signal, call: Prefill, query: Tensor, key: Tensor, mask: Tensor | None, scale: float
+) -> Any:
+    """One signal over the current tokens.
+
+    ``GroupMass`` is ``[B, 2, 3]``; ``AttentionRows`` is ``[B, R, n]`` over all current tokens, from which the caller
+    takes the visual ones.
+    """
+    masking = masking_of(call, mask)
+    if isinstance(signal, s.GroupMass):
+        rows, columns = groups(call)
+        return group_mass(
+            query, key, rows, columns, n_query_groups=2, n_key_groups=3, scale=scale, **masking
+        )
+    assert isinstance(signal, s.AttentionRows)
+    return attention_rows(query, key, row_places(signal, call), scale=scale, **masking).mean(1)
+
+
+def masking_of(call: Prefill, mask: Tensor | None) -> dict[str, Any]:
+    """What the layer's queries may see: its own 4-D mask, else causal over real tokens."""
+    if mask is not None and mask.ndim == 4:
+        return {"mask": mask}
+    return {"causal": True, "key_valid": None if call.tokens.full else call.tokens.valid}
+
+
+def groups(call: Prefill) -> tuple[Tensor, Tensor]:
+    """Group of every current token as a query (text, visual) and as a key (system, text, visual); -1 for neither."""
+    tokens = call.tokens
+    image = call.image_id.gather(1, tokens.index)
+    visual = image >= 0
+    length = call.image_id.shape[1]
+    places = torch.arange(length, device=image.device)
+    first = torch.where(call.image_id >= 0, places, length).amin(1, keepdim=True)
+    system = ~visual & (tokens.index < first)
+    rows = torch.where(visual, VISUAL_ROWS, torch.where(system, -1, TEXT_ROWS))
+    columns = torch.where(visual, VISUAL_COLUMNS, torch.where(system, SYSTEM_COLUMNS, TEXT_COLUMNS))
+    return torch.where(tokens.valid, rows, -1), torch.where(tokens.valid, columns, -1)
+
+
+def row_places(signal: s.AttentionRows, call: Prefill) -> Tensor:
+    """``[B, R]`` query places in the current sequence, -1 fill."""
+    tokens = call.tokens
+    places = torch.arange(tokens.length, device=tokens.index.device).expand_as(tokens.index)
+    if signal.rows == "last":
+        return torch.where(tokens.valid, places, -1).amax(1, keepdim=True)
+    if signal.rows == "text_after":
+        rows, _ = groups(call)
+        chosen = rows == TEXT_ROWS
+        width = int(chosen.sum(1).max())
+        return torch.where(chosen, places, -1).sort(1).values[:, tokens.length - width :]
+    return torch.tensor(signal.rows, device=places.device).expand(places.shape[0], -1)
+

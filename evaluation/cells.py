@@ -1,0 +1,109 @@
+"""What is run beside what: dense, the named policies, and `random` at each of their budgets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmprune.core import config
+from vlmprune.core.policy import Policy
+from vlmprune.evaluation.schema import DENSE, RANDOM, TEXT_ONLY, Keep
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run over a task's questions.
+
+    Attributes:
+        name: policy name for reports (`a+b` for a composition), `"dense"` or `"text_only"`.
+        policy: None for dense and text-only.
+        params, keep, basis, seed: as in :class:`~vlmprune.evaluation.schema.ResultRow`.
+    """
+
+    name: str
+    policy: Policy | None
+    params: dict[str, Any]
+    keep: Keep
+    basis: str
+    seed: int | None
+
+    @property
+    def key(self) -> str:
+        """Equal for cells that would give equal results."""
+        return json.dumps([self.name, self.params, self.keep, self.basis, self.seed], sort_keys=True)
+
+    @property
+    def is_reference(self) -> bool:
+        """True for dense and text-only, which have no random counterpart."""
+        return self.policy is None
+
+    @property
+    def title(self) -> str:
+        """Name with budget and seed, for progress and logs."""
+        seed = "" if self.seed is None else f" seed={self.seed}"
+        return self.name if self.is_reference else f"{self.name} keep={self.keep}{seed}"
+
+
+def dense_cell() -> Cell:
+    """The unchanged model."""
+    return Cell(DENSE, None, {}, 1.0, "site", None)
+
+
+def text_only_cell() -> Cell:
+    """The unchanged model, asked without any image in the prompt."""
+    return Cell(TEXT_ONLY, None, {}, None, "site", None)
+
+
+def policy_cell(policy: Policy) -> Cell:
+    """The cell of a policy."""
+    leaves = policy.leaves()
+    plain = config.to_dict(policy)
+    if isinstance(plain, list):
+        params: dict[str, Any] = {leaf.name: _settings(part) for leaf, part in zip(leaves, plain, strict=True)}
+        keep: Keep = [leaf.budget.describe() for leaf in leaves]
+        return Cell("+".join(leaf.name for leaf in leaves), policy, params, keep, leaves[-1].basis, None)
+    params = _settings(plain)
+    # A seed counts only where it is drawn from; policies that draw have a field of this name.
+    seed = getattr(policy, "seed", None)
+    params.pop("seed", None)
+    return Cell(policy.name, policy, params, policy.budget.describe(), policy.basis, seed)
+
+
+def random_cell(keep: Keep, seed: int) -> Cell:
+    """`random` at a budget."""
+    return policy_cell(config.build(RANDOM, {"keep": keep, "seed": seed}))
+
+
+def random_budget(cell: Cell, mean_kept_layers: float | None) -> Keep:
+    """The budget at which `random` is compared with a cell.
+
+    A share or a number of tokens is the cell's own budget. A list or a FLOP share names no count, so `random` keeps
+    as many tokens as the cell kept on average over the decoder layers.
+
+    Args:
+        cell: a policy's cell. mean_kept_layers: what it kept, per image; None where unknown.
+
+    Returns:
+        A budget, or None where the cell has no counterpart (it is a reference, or its tokens are unknown).
+    """
+    if cell.policy is None:
+        return None
+    budget = cell.policy.budget
+    if not isinstance(cell.keep, list) and (budget.share is not None or budget.tokens is not None):
+        return cell.keep
+    return None if mean_kept_layers is None else max(1, round(mean_kept_layers))
+
+
+def first_cells(policies: Sequence[Policy], text_only: bool, random_seeds: Iterable[int]) -> list[Cell]:
+    """Dense, text-only where asked for, the policies, and those random cells whose budget is known beforehand."""
+    cells = [dense_cell(), *([text_only_cell()] if text_only else []), *map(policy_cell, policies)]
+    for budget in [random_budget(cell, None) for cell in cells]:
+        if budget is not None:
+            cells += [random_cell(budget, seed) for seed in random_seeds]
+    return list({cell.key: cell for cell in cells}.values())
+
+
+def _settings(plain: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in plain["parameters"].items() if name != "keep"}

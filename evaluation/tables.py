@@ -1,0 +1,113 @@
+"""One table for every place that shows results: command line, model card, README, quickstart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlmprune.evaluation.schema import ALL_FAMILIES, DENSE, Keep, ResultRow
+from vlmprune.evaluation.summary import HEADLINE
+
+MISSING = "–"
+
+
+def render_table(rows: Sequence[ResultRow], families: Sequence[str] | None = None, title_tasks: bool = True) -> str:
+    """Markdown tables, one per model and task: a line per policy and budget.
+
+    Args:
+        rows: any rows of results files.
+        families: accuracy columns; None shows `all` (or `headline` and `all` where there is a headline row).
+            Intervals, difference to random and times stand beside the first of them.
+        title_tasks: write model and task above each table.
+
+    Returns:
+        Markdown. What was not measured is a dash.
+    """
+    parts = []
+    for model, task in dict.fromkeys((row.model, row.task) for row in rows):
+        chosen = [row for row in rows if (row.model, row.task) == (model, task)]
+        if title_tasks:
+            parts.append(_title(model, task, chosen))
+        parts.append(_table(chosen, families))
+    return "\n\n".join(parts)
+
+
+def default_families(rows: Sequence[ResultRow]) -> list[str]:
+    """The accuracy columns that are shown without a choice."""
+    return [name for name in (HEADLINE, ALL_FAMILIES) if any(row.family == name for row in rows)]
+
+
+def percent(value: float | None, digits: int = 1, sign: bool = False) -> str:
+    """A share as percent without the unit."""
+    return MISSING if value is None else f"{100 * value:{'+' if sign else ''}.{digits}f}"
+
+
+def keep_text(keep: Keep) -> str:
+    """A budget as a person writes it: `22 %` or `49 tokens`."""
+    if keep is None:
+        return MISSING
+    if isinstance(keep, list):
+        return ", ".join(map(keep_text, keep))
+    if isinstance(keep, float):
+        return f"{100 * keep:.4g} %"
+    return f"{keep} tokens" if isinstance(keep, int) else keep
+
+
+def _title(model: str, task: str, rows: Sequence[ResultRow]) -> str:
+    largest = max(rows, key=lambda row: row.n)
+    return f"**{model}, {task}** ({largest.n} questions on {largest.n_images} images)"
+
+
+def _table(rows: Sequence[ResultRow], families: Sequence[str] | None) -> str:
+    families = list(families) if families else default_families(rows)
+    accuracies = [f"{name} (95 % interval)" if i == 0 else name for i, name in enumerate(families)]
+    header = ["policy", "keep", *accuracies, "vs dense", "vs random", "tokens", "mean over layers", "prefill ms"]
+    header += ["KV kB"]
+    lines = [header, ["---", "---:", *["---:"] * (len(header) - 2)]]
+    for group in _by_cell(rows):
+        lines.append(_line(group, families))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _by_cell(rows: Sequence[ResultRow]) -> list[dict[str, ResultRow]]:
+    """Family -> row, per policy, budget and seed, in the order of the rows."""
+    groups: dict[str, dict[str, ResultRow]] = {}
+    for row in rows:
+        key = f"{row.policy} {row.params} {row.keep!r} {row.seed} {row.stamp.weight_hash} {row.stamp.started}"
+        groups.setdefault(key, {})[row.family] = row
+    return list(groups.values())
+
+
+def _line(group: dict[str, ResultRow], families: Sequence[str]) -> list[str]:
+    some = next(iter(group.values()))
+    first = group.get(families[0])
+    whole = group.get(ALL_FAMILIES, some)  # tokens and times belong to all questions
+    accuracies = [percent(group[name].accuracy) if name in group else MISSING for name in families]
+    if first is not None:
+        accuracies[0] += f" ({percent(first.ci_low)} to {percent(first.ci_high)})"
+    difference = MISSING
+    if first is not None and first.diff_random is not None:
+        difference = percent(first.diff_random, sign=True)
+        if first.diff_ci_low is not None:
+            difference += f" ({percent(first.diff_ci_low, sign=True)} to {percent(first.diff_ci_high, sign=True)})"
+    return [
+        _name(some),
+        MISSING if some.policy == DENSE else keep_text(some.keep),
+        *accuracies,
+        percent(None if first is None else first.retention),
+        difference,
+        _number(whole.mean_kept_tokens),
+        _number(whole.mean_kept_layers),
+        MISSING if whole.prefill_ms is None else f"{whole.prefill_ms:.1f}",
+        MISSING if whole.kv_bytes is None else f"{whole.kv_bytes / 1000:.1f}",
+    ]
+
+
+def _name(row: ResultRow) -> str:
+    settings = [f"{name}={value}" for name, value in row.params.items()]
+    if row.seed is not None:
+        settings.append(f"seed {row.seed}")
+    return row.policy.replace("_", "-") + (f" ({', '.join(settings)})" if settings else "")
+
+
+def _number(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}".removesuffix(".0")

@@ -1,0 +1,1 @@
+"""Evaluation tasks in lmms-eval's YAML form, read by the native runner and by lmms-eval."""

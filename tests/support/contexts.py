@@ -1,0 +1,151 @@
+"""Contexts for tests of policies without a model: ragged items padded with values that must not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vlmprune.core.budget import Budget
+from vlmprune.core.context import Context
+from vlmprune.core.info import ModelInfo
+from vlmprune.core.policy import Policy
+from vlmprune.core.selection import Selection
+from vlmprune.core.signals import ClsRow, ColumnMass, GroupMass, Projected, Signal
+from vlmprune.core.sites import Site
+from vlmprune.core.views import View
+
+# Padding of features and scores: larger than any real value, so that a policy that looks at it goes wrong.
+PADDING = 1e4
+WIDTH = 16
+
+ALL_SITES = frozenset({Site.IMAGE, Site.VISION_BLOCK, Site.POST_ENCODER, Site.DECODER_LAYER})
+
+# LLaVA-1.5-7B: CLIP ViT-L/14-336, the last block but one feeds the projector.
+LLAVA = ModelInfo(
+    family="llava",
+    model_class="LlavaForConditionalGeneration",
+    sites=ALL_SITES,
+    signals=frozenset({ColumnMass, ClsRow, Projected, GroupMass}),
+    vision_depth=24,
+    text_depth=32,
+    feature_block=22,
+    has_cls=True,
+    text_hidden=WIDTH,
+)
+# Qwen2.5-VL: no CLS, 2 x 2 merger, multi-axis positions.
+QWEN = replace(
+    LLAVA,
+    family="qwen",
+    model_class="Qwen2_5_VLForConditionalGeneration",
+    vision_depth=32,
+    text_depth=28,
+    feature_block=31,
+    has_cls=False,
+    merge_unit=4,
+    mrope=True,
+    full_attention_blocks=(7, 15, 23, 31),
+)
+
+
+def image(height: int, width: int) -> tuple[View, ...]:
+    """The views of an image seen as a whole."""
+    return (View(height, width),)
+
+
+def any_resolution(height: int, width: int, n_tiles: int) -> tuple[View, ...]:
+    """A thumbnail and tiles of equal grids."""
+    n = height * width
+    tiles = [View(height, width, n * (i + 1), "tile") for i in range(n_tiles)]
+    return (View(height, width, 0, "thumbnail"), *tiles)
+
+
+def frames(height: int, width: int, count: int) -> tuple[View, ...]:
+    """The frames of a video."""
+    return tuple(View(height, width, height * width * i, "frame") for i in range(count))
+
+
+def n_tokens(views: Sequence[View]) -> int:
+    """Tokens of an item."""
+    return sum(view.length for view in views)
+
+
+def pad(rows: Sequence[Tensor], value: float = PADDING) -> Tensor:
+    """One tensor out of ragged rows."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def post_encoder(
+    views: Sequence[tuple[View, ...]],
+    keep: Any = 1.0,
+    signals: Mapping[Signal, Sequence[Tensor]] | None = None,
+    info: ModelInfo = LLAVA,
+    **fields: Any,
+) -> Context:
+    """A context after the encoder.
+
+    Args:
+        views: per item its views; a plain list of ``image(...)``, ``any_resolution(...)``, ``frames(...)``.
+        keep: the budget.
+        signals: per signal one tensor ``[n, ...]`` per item.
+        fields: other fields of the context.
+    """
+    lengths = tuple(n_tokens(item) for item in views)
+    valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    padded = {signal: pad(rows) for signal, rows in (signals or {}).items()}
+    return Context(
+        site=Site.POST_ENCODER,
+        info=info,
+        budget=Budget.parse(keep),
+        lengths=lengths,
+        valid=valid,
+        features=padded.get(Projected()),
+        signals=padded,
+        views=tuple(views),
+        **{"sample": tuple(range(len(views))), **fields},
+    )
+
+
+def decoder(
+    lengths: Sequence[int], layer: int, signals: Mapping[Signal, Any], info: ModelInfo = LLAVA, keep: Any = 1.0
+) -> Context:
+    """A context before a decoder layer, one image per sample."""
+    valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    index = torch.arange(valid.shape[1]).expand_as(valid)
+    return Context(
+        site=Site.DECODER_LAYER,
+        info=info,
+        budget=Budget.parse(keep),
+        lengths=tuple(lengths),
+        valid=valid,
+        layer=layer,
+        signals=signals,
+        image_id=torch.where(valid, 0, -1),
+        position=torch.where(valid, index + 1, -1),
+        sample=tuple(range(len(lengths))),
+    )
+
+
+def random_signals(
+    policy: Policy, views: Sequence[tuple[View, ...]], info: ModelInfo = LLAVA, seed: int = 0
+) -> dict[Signal, list[Tensor]]:
+    """Random values for all that a policy asks for after the encoder; item i's depend on ``seed + i`` only."""
+    signals: dict[Signal, list[Tensor]] = {}
+    for request in policy.requests(info):
+        if request.site != Site.POST_ENCODER:
+            continue
+        for number, signal in enumerate(request.signals):
+            shape = (WIDTH,) if isinstance(signal, Projected) else ()
+            signals[signal] = [
+                torch.rand(n_tokens(item), *shape, generator=torch.Generator().manual_seed(97 * (seed + i) + number))
+                for i, item in enumerate(views)
+            ]
+    return signals
+
+
+def kept_tokens(selection: Selection) -> list[list[int]]:
+    """Kept tokens per item, without padding."""
+    assert selection.kept is not None
+    return [[token for token in row if token >= 0] for row in selection.kept.tolist()]

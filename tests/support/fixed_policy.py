@@ -1,0 +1,47 @@
+"""Policies for tests: fixed tokens at any site, so that a reference knows what was kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from vlmprune.core.context import Context
+from vlmprune.core.info import ModelInfo
+from vlmprune.core.policy import Policy, PolicyMeta
+from vlmprune.core.selection import Selection
+from vlmprune.core.sites import Site, SiteRequest
+
+
+@dataclass(frozen=True)
+class FixedKeep(Policy):
+    """Keeps listed tokens of every item: ``kept[i]`` for item ``i`` (image or sample)."""
+
+    meta = PolicyMeta(title="fixed tokens, for tests")
+    name = "fixed"
+
+    kept: tuple[tuple[int, ...], ...] = ()
+    site: Site = Site.POST_ENCODER
+    layer: int | None = None
+    keep: float = 0.5
+
+    def requests(self, info: ModelInfo) -> tuple[SiteRequest, ...]:
+        return (SiteRequest(self.site, self.layer, (), self.resolve_positions(info, "keep")),)
+
+    def select(self, context: Context) -> Selection:
+        mask = torch.zeros_like(context.valid)
+        for item, tokens in enumerate(self.kept):
+            mask[item, list(tokens)] = True
+        return Selection.from_mask(mask & context.valid, tuple(len(tokens) for tokens in self.kept))
+
+
+@dataclass(frozen=True)
+class MeanGroups(FixedKeep):
+    """Merges runs of ``size`` neighbouring tokens by their mean."""
+
+    size: int = 2
+
+    def select(self, context: Context) -> Selection:
+        index = torch.arange(context.width, device=context.device) // self.size
+        groups = torch.where(context.valid, index, -1)
+        counts = tuple(-(-n // self.size) for n in context.lengths)
+        return Selection.merge(groups, max(counts), mode="mean", counts=counts)

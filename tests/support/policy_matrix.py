@@ -1,0 +1,39 @@
+"""The settings with which every policy is tested: one line per registered policy.
+
+A test of all policies imports `MATRIX` or `CASES`:
+
+    @pytest.mark.parametrize(("name", "parameters"), CASES)
+    def test_something(name, parameters):
+        policy = registry.create(name, **parameters)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+# Name -> parameter sets. They reduce something on every model that can run the policy, down to 4 decoder layers.
+MATRIX: dict[str, tuple[dict[str, Any], ...]] = {
+    "downsample": ({"keep": 0.25}, {"factor": 3.0, "jpeg": True}),
+    "grid": ({"keep": 0.3}, {"keep": 4}),
+    "grid_pool": ({"keep": 0.3}, {"keep": 4}),
+    "hiprune": (
+        {"keep": 0.34},
+        {"keep": 7, "alpha": 0.7, "buffer": "grid"},
+        {"keep": 0.5, "alpha": 1.0, "object_layer": 0, "compat": "official"},
+    ),
+    "random": ({"keep": 0.3}, {"keep": 4, "seed": 3}),
+    "todre": (
+        {"keep": 0.25, "tau": 0.0},
+        {"keep": 0.5, "tau": 2.0, "check_layers": 0.5, "variant": "k_center", "pivot": "center"},
+        {"keep": 1.0, "tau": 2.0, "check_layers": (0, 2)},
+    ),
+    "uniform": ({"keep": 0.3}, {"keep": 4}),
+}
+
+CASES = [
+    pytest.param(name, parameters, id=f"{name}-{number}")
+    for name, parameter_sets in MATRIX.items()
+    for number, parameters in enumerate(parameter_sets)
+]

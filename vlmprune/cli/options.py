@@ -1,0 +1,103 @@
+"""Options that several commands share, and what they are turned into."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlmprune.core.errors import InputError
+
+if TYPE_CHECKING:
+    from vlmprune.core.policy import Policy
+
+DEFAULT_KEEP = "0.33"
+
+ModelOption = Annotated[str, typer.Option("--model", help="tiny-llava, a local folder, or a hub id.")]
+PolicyOption = Annotated[
+    str, typer.Option("--policy", help="A policy (see `vlmprune list`), several joined by '+', or a config file.")
+]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        "--keep",
+        help="Budget: 0.33 or 1.0 is a share, 192 or 1 a number of tokens, flops:0.4 a share of the FLOPs, "
+        "0.5,0.3 one per stage or policy.",
+        show_default=DEFAULT_KEEP,
+    ),
+]
+ParamOption = Annotated[
+    list[str] | None, typer.Option("--param", help="A parameter of the policy as key=value; may be repeated.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
+
+
+def build_policy(name: str, keep: str | None = None, parameters: dict[str, Any] | None = None) -> Policy:
+    """A policy from the command line.
+
+    Args:
+        name: a registered name, names joined by ``+`` (a composition, with one budget each), or a config file.
+        keep: budget as text; None takes the file's, else ``DEFAULT_KEEP``.
+        parameters: hyper-parameters, for a single name only.
+
+    Raises:
+        InputError: unknown name or parameter, or a budget out of range.
+    """
+    from vlmprune.core.budget import Budget
+    from vlmprune.core.config import resolve
+
+    given = dict(parameters or {})
+    if name.endswith((".yaml", ".yml", ".json")):
+        return resolve(name, **given, **({} if keep is None else {"keep": keep}))
+    budget = Budget.parse(keep or DEFAULT_KEEP).describe()
+    if "+" not in name:
+        return resolve(name, keep=budget, **given)
+    return resolve([part.strip() for part in name.split("+")], keep=budget, **given)
+
+
+def parse_parameters(pairs: list[str] | None) -> dict[str, Any]:
+    """``key=value`` pairs as a dict; values are read as YAML (numbers, true, null, lists, text).
+
+    Raises:
+        InputError: a pair without ``=``, a key given twice, or a value that is no YAML.
+    """
+    import yaml
+
+    parameters: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, separator, value = pair.partition("=")
+        if not separator or not key.strip():
+            raise InputError(f"--param {pair!r} is not of the form key=value.")
+        if key.strip() in parameters:
+            raise InputError(f"--param {key.strip()} is given twice.")
+        try:
+            parameters[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"--param {pair!r}: {value!r} cannot be read as a value.") from None
+    return parameters
+
+
+def load(name: str, dtype: str | None = None, device: str = "auto") -> tuple[Any, Any]:
+    """Model and processor, without the progress bars and notes of the libraries.
+
+    Raises:
+        InputError: there is no such model or device.
+    """
+    import torch
+    import transformers
+
+    from vlmprune.loading import load_model
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError(f"Unknown device {device!r}; give auto, cpu or cuda.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError("There is no CUDA device here; give --device cpu.")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return load_model(name, dtype, device)

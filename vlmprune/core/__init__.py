@@ -1,0 +1,1 @@
+"""Core types: budgets, sites, signals, contexts, selections, policies, reports; no model library."""

@@ -1,0 +1,28 @@
+"""Calibration: what a policy measures on a model once, and the artefact that results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Calibrator(Protocol):
+    """A pure search or measurement, driven by ``vlmprune.calibrate``.
+
+    The driver calls ``propose`` for the next settings to try (None when done), runs the model with them,
+    hands what came out to ``update``, and takes ``result`` at the end. State is explicit, so that a run can
+    be resumed.
+    """
+
+    def propose(self) -> Mapping[str, Any] | None:
+        """The next settings to run, or None when the calibration is finished."""
+        ...
+
+    def update(self, settings: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
+        """Take in what a run with ``settings`` gave."""
+        ...
+
+    def result(self) -> Mapping[str, Any]:
+        """The artefact: JSON values and tensors."""
+        ...

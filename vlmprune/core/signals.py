@@ -1,0 +1,178 @@
+"""Signals: what a policy may ask an adapter to deliver, nothing more and without eager attention.
+
+Layers are 0-based. ``stack`` is ``"vision"`` or ``"text"``. Shapes use ``I`` items and ``N`` visual tokens
+per item; see :class:`vlmprune.core.context.Context` for what an item is at each site. Attention is after the
+softmax, the mean over heads, float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+Stack = Literal["vision", "text"]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Base of all signals. One that is missing is an error at ``apply`` unless it is ``optional``."""
+
+    per_token: ClassVar[bool] = True
+    """True if the delivered tensor is ``[I, N, ...]``, so that selections re-index it."""
+
+    optional: bool = field(default=False, kw_only=True)
+
+    @property
+    def stack_name(self) -> Stack:
+        """The stack that the signal is read from."""
+        return getattr(self, "stack", "text")
+
+
+@dataclass(frozen=True)
+class ColumnMass(Signal):
+    """Attention received by each visual token: over all query rows (a CLS row included), ``[I, N]``."""
+
+    stack: Stack
+    layer: int
+    reduce: Literal["mean", "sum"] = "mean"
+
+
+@dataclass(frozen=True)
+class ClsRow(Signal):
+    """The CLS query's row of the softmax attention without the CLS column, ``[I, N]``."""
+
+    stack: ClassVar[Stack] = "vision"
+    layer: int
+
+
+@dataclass(frozen=True)
+class ClsLogits(Signal):
+    """The CLS query's scaled scores before the softmax, without the CLS column, head mean, ``[I, N]``."""
+
+    stack: ClassVar[Stack] = "vision"
+    layer: int
+
+
+@dataclass(frozen=True)
+class Keys(Signal):
+    """Keys of an attention layer, heads concatenated, ``[I, N, H * d]``."""
+
+    stack: Stack
+    layer: int
+
+
+@dataclass(frozen=True)
+class QK(Signal):
+    """Queries and keys of an attention layer as they enter the product: a pair of ``[I, H, N, d]``."""
+
+    per_token: ClassVar[bool] = False
+    stack: Stack
+    layer: int
+
+
+@dataclass(frozen=True)
+class Hidden(Signal):
+    """Residual stream entering (``when="in"``) or leaving (``"out"``) a layer, ``[I, N, D]``."""
+
+    stack: Stack
+    layer: int
+    when: Literal["in", "out"] = "out"
+
+
+@dataclass(frozen=True)
+class PreProjector(Signal):
+    """What the projector is given, ``[I, N, D_vision]``."""
+
+    stack: ClassVar[Stack] = "vision"
+
+
+@dataclass(frozen=True)
+class Projected(Signal):
+    """What the LLM is given, ``[I, N, D_text]``."""
+
+
+@dataclass(frozen=True)
+class Projector(Signal):
+    """The projector itself, a callable from ``[..., D_vision]`` to ``[..., D_text]``."""
+
+    per_token: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class TextEmbeddings(Signal):
+    """Embeddings of the prompt's text tokens: a pair ``[I, T, D]`` and valid ``[I, T]``."""
+
+    per_token: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class JointEmbeddings(Signal):
+    """Image and text features in the encoder's joint space: a pair ``[I, N, E]`` and ``[I, E]``."""
+
+    per_token: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Pixels(Signal):
+    """Un-normalised pixels in 0..255 of the encoded views, ``[I, C, H, W]``."""
+
+    per_token: ClassVar[bool] = False
+    stack: ClassVar[Stack] = "vision"
+
+
+@dataclass(frozen=True)
+class AttentionRows(Signal):
+    """Rows of the attention over the visual tokens, ``[I, R, N]``.
+
+    ``rows``: ``"last"`` (last real token of the prompt), ``"text_after"`` (all text after the first image; R
+    is padded with zeros), or explicit positions in the current sequence.
+    """
+
+    per_token: ClassVar[bool] = False
+    stack: Stack
+    layer: int
+    rows: Literal["last", "text_after"] | tuple[int, ...] = "last"
+
+
+@dataclass(frozen=True)
+class ProbeAttention(Signal):
+    """Rows of the *coming* layer's attention, from its norm, projections and rotary tables, ``[I, R, N]``."""
+
+    per_token: ClassVar[bool] = False
+    layer: int
+    rows: Literal["last", "text_after"] = "last"
+
+
+@dataclass(frozen=True)
+class GroupMass(Signal):
+    """Attention mass between groups, ``[I, 2, 3]``: rows text, visual; columns system, text, visual.
+
+    System: before the first visual token. Text: every other token that is not visual. Padding belongs to no
+    group.
+    """
+
+    per_token: ClassVar[bool] = False
+    layer: int
+
+
+@dataclass(frozen=True)
+class ModuleTransition(Signal):
+    """Norm ratio and cosine between a module's input and output, a pair of ``[I, N]``."""
+
+    per_token: ClassVar[bool] = False
+    layer: int
+    module: Literal["attn", "mlp"]
+
+
+@dataclass(frozen=True)
+class FinalNorm(Signal):
+    """The LLM's final norm, a callable."""
+
+    per_token: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class DecodeRows(Signal):
+    """Attention of the newest decoded token over the stored prompt tokens, ``[I, N]``."""
+
+    layer: int

@@ -1,0 +1,105 @@
+"""Fast functional decoder pass for training: one visual prefix, many question branches.
+
+All branches of an image see its prefix but not each other, and their positions restart after the prefix, so ten
+questions cost one prefix. Reads the parameters of the stock Llama modules; `tests/embedded` checks it against them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """Final hidden states of the branches and the attention of one layer.
+
+    Attributes:
+        hidden: float32 `[B, Q, T, C]` after the final norm.
+        attention: float32 `[B, Q, H, T, P]`, weights from branch tokens to the prefix at the watched layer.
+    """
+
+    hidden: Tensor
+    attention: Tensor
+
+
+def decode(
+    decoder: nn.Module,
+    prefix: Tensor,
+    branches: Tensor,
+    watch_layer: int,
+    theta: float = 10000.0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> DecoderOutput:
+    """Run a Llama decoder over a shared prefix and its branches.
+
+    Args:
+        decoder: `LlamaModel` with equal numbers of heads and key/value heads.
+        prefix: float32 embeddings `[B, P, C]`.
+        branches: token ids `[B, Q, T]`, padded on the right.
+        watch_layer: 0-based layer whose attention is returned.
+        theta: rotary base.
+        dtype: dtype of the matrix products.
+    """
+    batch, n_prefix, width = prefix.shape
+    _, n_branch, length = branches.shape
+    heads = decoder.config.num_attention_heads
+    head_dim = width // heads
+    x = torch.cat([prefix, decoder.embed_tokens(branches).flatten(1, 2)], dim=1)  # [B, P + Q*T, C]
+    positions = torch.cat([torch.arange(n_prefix), n_prefix + torch.arange(length).repeat(n_branch)])
+    cos, sin = rotary(positions, head_dim, theta, dtype)
+    minus = torch.finfo(dtype).min
+    prefix_mask = torch.full((n_prefix, n_prefix), minus, dtype=dtype).triu(1)
+    branch_mask = torch.full((length, length), minus, dtype=dtype).triu(1)
+    watched = x.new_zeros(())
+    for number, layer in enumerate(decoder.layers):
+        normed = _rms(x, layer.input_layernorm).to(dtype)
+        attention = layer.self_attn
+        q, k, v = (
+            F.linear(normed, m.weight.to(dtype)).view(batch, -1, heads, head_dim).transpose(1, 2)
+            for m in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q, k = rotate(q, cos, sin) * (1 / math.sqrt(head_dim)), rotate(k, cos, sin)
+        k_prefix, v_prefix = k[:, :, :n_prefix], v[:, :, :n_prefix]
+        own = torch.softmax(q[:, :, :n_prefix] @ k_prefix.transpose(2, 3) + prefix_mask, dim=-1) @ v_prefix
+        q_branch, k_branch, v_branch = (
+            t[:, :, n_prefix:].reshape(batch, heads, n_branch, length, head_dim) for t in (q, k, v)
+        )
+        to_prefix = (q_branch.flatten(2, 3) @ k_prefix.transpose(2, 3)).view(batch, heads, n_branch, length, n_prefix)
+        to_own = q_branch @ k_branch.transpose(3, 4) + branch_mask
+        weights = torch.softmax(torch.cat([to_prefix, to_own], dim=-1), dim=-1)
+        on_prefix, on_own = weights[..., :n_prefix], weights[..., n_prefix:]
+        if number == watch_layer:
+            watched = on_prefix
+        mixed = (on_prefix.flatten(2, 3) @ v_prefix) + (on_own @ v_branch).flatten(2, 3)
+        out = torch.cat([own, mixed], dim=2).transpose(1, 2).reshape(batch, -1, width)
+        x = x + F.linear(out, attention.o_proj.weight.to(dtype))
+        normed = _rms(x, layer.post_attention_layernorm).to(dtype)
+        gate = F.relu(F.linear(normed, layer.mlp.gate_proj.weight.to(dtype)))
+        hidden = gate * F.linear(normed, layer.mlp.up_proj.weight.to(dtype))
+        x = x + F.linear(hidden, layer.mlp.down_proj.weight.to(dtype))
+    hidden = _rms(x[:, n_prefix:], decoder.norm).view(batch, n_branch, length, width)
+    return DecoderOutput(hidden, watched.permute(0, 2, 1, 3, 4).float())
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine tables `[T, D]` of Llama's rotary embedding."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = positions[:, None].float() * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of the last axis."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos + turned * sin
+
+
+def _rms(x: Tensor, norm: nn.Module) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight

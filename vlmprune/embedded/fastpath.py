@@ -1,0 +1,102 @@
+"""Fast functional forward passes that read the parameters of the stock transformers modules.
+
+They exist for training on a CPU: bf16 matrix products, float32 residual stream, plain softmax attention (faster
+there than the fused kernel's backward), and only the tokens that are needed. `tests/embedded` checks them against
+the stock modules.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .scenes import GRID, PATCH_SIZE
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's normalisation, as in CLIPImageProcessor
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+CENTRE = 128.0
+
+
+def patchify(images: Tensor) -> Tensor:
+    """Cut uint8 `[B, 224, 224, 3]` into uint8 patches `[B, 196, 768]`, in the order of the patch embedding."""
+    batch = images.shape[0]
+    cut = images.reshape(batch, GRID, PATCH_SIZE, GRID, PATCH_SIZE, 3)
+    return cut.permute(0, 1, 3, 5, 2, 4).reshape(batch, GRID * GRID, -1)
+
+
+def embed_patches(tower: nn.Module, patches: Tensor, dtype: torch.dtype) -> Tensor:
+    """Patch embedding of raw pixels: CLIP's normalisation is folded into weight and bias. `[B, P, 768]` -> float32."""
+    weight = tower.embeddings.patch_embedding.weight  # [C, 3, 16, 16]
+    mean = torch.tensor(PIXEL_MEAN, device=weight.device).view(1, 3, 1, 1)
+    std = torch.tensor(PIXEL_STD, device=weight.device).view(1, 3, 1, 1)
+    scaled = weight / (255.0 * std)
+    # Pixels are centred before the product, so that little is lost to rounding in bf16.
+    bias = (scaled * (CENTRE - 255.0 * mean)).sum(dim=(1, 2, 3))
+    centred = patches.to(dtype) - CENTRE
+    return F.linear(centred, scaled.flatten(1).to(dtype)).float() + bias
+
+
+def tower_features(
+    tower: nn.Module, patches: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Output of the last block but one (`hidden_states[-2]`) with CLS first.
+
+    Args:
+        tower: CLIP vision transformer of the model.
+        patches: uint8 `[B, P, 768]` from `patchify`, already reduced to the chosen patches.
+        index: patch number of each row, int64 `[B, P]`; None means all 196 in order.
+        dtype: dtype of the matrix products.
+
+    Returns:
+        float32 `[B, 1 + P, C]`.
+    """
+    embeddings = tower.embeddings
+    x = embed_patches(tower, patches, dtype)
+    positions = embeddings.position_embedding.weight
+    x = x + (positions[1:] if index is None else positions[1:][index])
+    cls = (embeddings.class_embedding + positions[0]).expand(x.shape[0], 1, -1)
+    x = _layer_norm(torch.cat([cls, x], dim=1), tower.pre_layrnorm)
+    for layer in tower.encoder.layers[:-1]:
+        x = _clip_block(layer, x, x, dtype)
+    return x
+
+
+def tower_pooled(tower: nn.Module, features: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """`pooler_output` from the features: the last block for the CLS query only. `[B, 1 + P, C]` -> `[B, C]`."""
+    cls = _clip_block(tower.encoder.layers[-1], features[:, :1], features, dtype)
+    return _layer_norm(cls[:, 0], tower.post_layernorm)
+
+
+def project(projector: nn.Module, features: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The stock two-layer projector, float32 out."""
+    hidden = F.gelu(_linear(features.to(dtype), projector.linear_1, dtype))
+    return _linear(hidden, projector.linear_2, dtype).float()
+
+
+def _clip_block(layer: nn.Module, x: Tensor, context: Tensor, dtype: torch.dtype) -> Tensor:
+    """One CLIP block for the queries `x`, which are the first tokens of `context`."""
+    attention = layer.self_attn
+    batch, length, width = x.shape
+    heads, head_dim = attention.num_heads, width // attention.num_heads
+    normed = _layer_norm(context, layer.layer_norm1).to(dtype)
+    scale = 1 / math.sqrt(head_dim)
+    q = _linear(normed[:, :length], attention.q_proj, dtype).view(batch, length, heads, head_dim).transpose(1, 2)
+    k = _linear(normed, attention.k_proj, dtype).view(batch, -1, heads, head_dim).transpose(1, 2)
+    v = _linear(normed, attention.v_proj, dtype).view(batch, -1, heads, head_dim).transpose(1, 2)
+    weights = torch.softmax((q * scale) @ k.transpose(2, 3), dim=-1)
+    mixed = (weights @ v).transpose(1, 2).reshape(batch, length, width)
+    x = x + _linear(mixed, attention.out_proj, dtype)
+    hidden = F.relu(_linear(_layer_norm(x, layer.layer_norm2).to(dtype), layer.mlp.fc1, dtype))
+    return x + _linear(hidden, layer.mlp.fc2, dtype)
+
+
+def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _linear(x: Tensor, linear: nn.Linear, dtype: torch.dtype) -> Tensor:
+    bias = None if linear.bias is None else linear.bias.to(dtype)
+    return F.linear(x, linear.weight.to(dtype), bias)

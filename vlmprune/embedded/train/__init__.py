@@ -1,0 +1,1 @@
+"""Training of the embedded models. Run `python -m vlmprune.embedded.train --help`."""

@@ -1,0 +1,284 @@
+"""Stage 1: train the vision tower with dense patch labels, and the CLS token with image-level labels.
+
+The heads are thrown away afterwards. Without the image-level labels CLS attention would be untrained, and policies
+that rank by it would have nothing to rank by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..bank import SHAPES
+from ..easyvqa import EASY_COLOURS, EasyVQA, image_facts, load_easy_vqa, object_mask
+from ..fastpath import patchify, tower_features, tower_pooled
+from ..model import VISION_DEPTH, WIDTH, build_model, vision_tower
+from ..scenes import COLOURS, GRID, HELD_OUT, IMAGE_SIZE, KINDS, PATCH_SIZE, Scene, SceneSettings, generate_scene
+from .common import (
+    Clock,
+    FlatParameters,
+    StageSettings,
+    append_row,
+    learning_rate,
+    load_checkpoint,
+    logger,
+    mean_over_ranks,
+    save_checkpoint,
+)
+
+ALL_COLOURS = (*COLOURS, *(c for c in EASY_COLOURS if c not in COLOURS))
+N_KINDS = len(SHAPES) + 10  # shapes, then digits; the class after the last is background
+N_COLOURS = len(ALL_COLOURS)
+N_PRESENCE = N_COLOURS * len(KINDS) + 10
+IGNORE = -100
+EASY_SHARE = 0.1
+STAGE_SEED = 11
+
+
+class TowerHeads(nn.Module):
+    """Linear heads on the normalised patch features and on the pooled CLS token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.patch = nn.Linear(WIDTH, (N_KINDS + 1) + (N_COLOURS + 1) + 3)  # kind, colour, centre, x, y
+        self.presence = nn.Linear(WIDTH, N_PRESENCE)
+
+    def forward(self, patches: Tensor) -> tuple[Tensor, ...]:
+        """`[B, P, C]` -> kind, colour, centre `[B, P]` and xy logits."""
+        out = self.patch(self.norm(patches))
+        return tuple(out.split([N_KINDS + 1, N_COLOURS + 1, 1, 2], dim=-1))
+
+
+class Labels:
+    """Arrays of one batch, filled image by image."""
+
+    def __init__(self, batch: int) -> None:
+        patches = GRID * GRID
+        self.kind = np.full((batch, patches), N_KINDS, dtype=np.int64)
+        self.colour = np.full((batch, patches), N_COLOURS, dtype=np.int64)
+        self.centre = np.zeros((batch, patches), dtype=np.float32)
+        self.xy = np.zeros((batch, patches, 2), dtype=np.float32)
+        self.presence = np.zeros((batch, N_PRESENCE), dtype=np.float32)
+        self.presence_known = np.ones(batch, dtype=np.float32)
+
+    def fill_scene(self, row: int, scene: Scene) -> None:
+        """Labels of one scene; index -1 of the lookup tables is the background."""
+        kinds, colours, centres = [], [], []
+        for item in scene.objects:
+            kinds.append(SHAPES.index(item.kind) if item.digit is None else len(SHAPES) + item.digit)
+            colours.append(ALL_COLOURS.index(item.colour))
+            centres.append(item.centre)
+            self.presence[row, colours[-1] * len(KINDS) + KINDS.index(item.kind)] = 1
+            if item.digit is not None:
+                self.presence[row, N_COLOURS * len(KINDS) + item.digit] = 1
+            x, y = (int(c) // PATCH_SIZE for c in item.centre)
+            self.centre[row, y * GRID + x] = 1
+        owner = scene.patch_object.reshape(-1)
+        self.kind[row] = np.asarray([*kinds, N_KINDS])[owner]
+        self.colour[row] = np.asarray([*colours, N_COLOURS])[owner]
+        table = np.asarray([*centres, (IMAGE_SIZE / 2, IMAGE_SIZE / 2)], dtype=np.float32)
+        self.xy[row] = table[owner] / (IMAGE_SIZE / 2) - 1
+
+    def fill_easy(self, row: int, image: np.ndarray, shape: str | None, colour: str | None) -> None:
+        """Labels of an easy-VQA picture; what its questions do not tell is ignored."""
+        mask = object_mask(image)
+        covered = mask.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).sum(axis=(1, 3)).reshape(-1) > 10
+        ys, xs = np.nonzero(mask)
+        if len(ys) == 0:
+            self.kind[row], self.colour[row], self.presence_known[row] = IGNORE, IGNORE, 0
+            return
+        x, y = (xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2
+        self.kind[row, covered] = IGNORE if shape is None else SHAPES.index(shape)
+        self.colour[row, covered] = IGNORE if colour is None else ALL_COLOURS.index(colour)
+        self.centre[row, int(y) // PATCH_SIZE * GRID + int(x) // PATCH_SIZE] = 1
+        self.xy[row] = np.asarray((x, y), dtype=np.float32) / (IMAGE_SIZE / 2) - 1
+        if shape is None or colour is None:
+            self.presence_known[row] = 0
+        else:
+            self.presence[row, ALL_COLOURS.index(colour) * len(KINDS) + KINDS.index(shape)] = 1
+
+
+class EasyPictures:
+    """Random augmented easy-VQA training pictures with what their questions tell about them."""
+
+    def __init__(self, data: EasyVQA) -> None:
+        self.data = data
+        pairs: dict[int, list[tuple[str, str]]] = {image_id: [] for image_id in data.png}
+        for item in data.questions:
+            pairs[item.image_id].append((item.question, item.answer))
+        self.facts = {image_id: image_facts(rows) for image_id, rows in pairs.items()}
+        self.ids = sorted(self.facts)
+
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, str | None, str | None]:
+        """uint8 `[224, 224, 3]`, shape and colour or None."""
+        image_id = self.ids[int(rng.integers(len(self.ids)))]
+        picture = self.data.image(image_id).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+        image = np.asarray(picture)
+        if rng.random() < 0.5:
+            image = image[:, ::-1]
+        if rng.random() < 0.5:
+            image = image[::-1]
+        if rng.random() < 0.5:
+            image = image.transpose(1, 0, 2)
+        return np.ascontiguousarray(image), *self.facts[image_id]
+
+
+def scene_settings(progress: float) -> SceneSettings:
+    """Digits are learned last, so most scenes are full of them and many backgrounds are plain until late."""
+    heavy = (0.0, 0.05, 0.1, 0.15, 0.2, 0.2, 0.15, 0.15)
+    light = (0.08, 0.25, 0.27, 0.25, 0.15)
+    return SceneSettings(
+        digit_weights=heavy if progress < 0.7 else light,
+        plain=0.3 if progress < 0.6 else 0.08,
+        objects=(6, 10) if progress < 0.7 else (4, 9),
+    )
+
+
+def draw_batch(
+    rng: np.random.Generator, batch: int, progress: float, easy: EasyPictures
+) -> tuple[np.ndarray, Labels]:
+    """A training batch: uint8 images `[B, 224, 224, 3]` and labels."""
+    labels, settings = Labels(batch), scene_settings(progress)
+    images = np.empty((batch, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    for row in range(batch):
+        if rng.random() < EASY_SHARE:
+            images[row], shape, colour = easy.draw(rng)
+            labels.fill_easy(row, images[row], shape, colour)
+        else:
+            scene = generate_scene(rng, "train", settings)
+            images[row] = scene.image
+            labels.fill_scene(row, scene)
+    return images, labels
+
+
+def choose_patches(rng: np.random.Generator, labels: Labels, count: int) -> np.ndarray:
+    """Ascending patch numbers `[B, count]`: object patches first, then random background."""
+    priority = rng.random(labels.kind.shape) + 2.0 * (labels.kind != N_KINDS)
+    return np.sort(np.argpartition(-priority, count - 1, axis=1)[:, :count], axis=1)
+
+
+def tower_loss(tower: nn.Module, heads: TowerHeads, images: np.ndarray, labels: Labels, index: np.ndarray) -> Tensor:
+    """Weighted sum of the dense and the image-level losses."""
+    chosen = torch.from_numpy(index)
+    patches = patchify(torch.from_numpy(images))
+    patches = patches.gather(1, chosen[..., None].expand(-1, -1, patches.shape[-1]))
+    features = tower_features(tower, patches, chosen)
+    kind_logits, colour_logits, centre_logits, xy = heads(features[:, 1:])
+
+    def pick(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        extra = tensor.shape[2:]
+        return tensor.gather(1, chosen.view(*chosen.shape, *(1 for _ in extra)).expand(*chosen.shape, *extra))
+
+    kind, colour, centre, target_xy = pick(labels.kind), pick(labels.colour), pick(labels.centre), pick(labels.xy)
+    on_object = ((kind != N_KINDS) & (kind != IGNORE)).float()
+    kind_weight = torch.where(kind == N_KINDS, 0.25, 1.0) + ((kind >= len(SHAPES)) & (kind < N_KINDS)).float()
+    colour_weight = torch.where(colour == N_COLOURS, 0.25, 1.0)
+    scale = on_object.sum().clamp(min=1.0)
+    loss_kind = (F.cross_entropy(kind_logits.transpose(1, 2), kind, reduction="none") * kind_weight).sum() / scale
+    loss_colour = (F.cross_entropy(colour_logits.transpose(1, 2), colour, reduction="none") * colour_weight).sum() / scale
+    four = torch.tensor(4.0)
+    loss_centre = F.binary_cross_entropy_with_logits(centre_logits[..., 0], centre, pos_weight=four)
+    loss_xy = ((xy - target_xy).abs().mean(-1) * on_object).sum() / scale
+    presence = heads.presence(tower_pooled(tower, features))
+    known = torch.from_numpy(labels.presence_known)
+    target = torch.from_numpy(labels.presence)
+    each = F.binary_cross_entropy_with_logits(presence, target, pos_weight=four, reduction="none").mean(-1)
+    loss_presence = (each * known).sum() / known.sum().clamp(min=1.0)
+    return 1.5 * loss_kind + loss_colour + 2 * loss_centre + 2 * loss_xy + 2 * loss_presence
+
+
+@torch.no_grad()
+def evaluate_tower(tower: nn.Module, heads: TowerHeads, n_scenes: int = 128, seed: int = 99) -> dict[str, float]:
+    """Held-out accuracy per object patch, per digit object, and false objects on the background."""
+    rng = np.random.default_rng(seed)
+    settings = replace(HELD_OUT, digit_weights=(0.0, 0.3, 0.4, 0.3))
+    scenes = [generate_scene(rng, "test", settings) for _ in range(n_scenes)]
+    labels = Labels(n_scenes)
+    for row, scene in enumerate(scenes):
+        labels.fill_scene(row, scene)
+    parts = []
+    for start in range(0, n_scenes, 32):
+        images = torch.from_numpy(np.stack([s.image for s in scenes[start : start + 32]]))
+        features = tower_features(tower, patchify(images))
+        kind, colour, _, _ = heads(features[:, 1:])
+        parts.append((kind.softmax(-1), colour.argmax(-1), heads.presence(tower_pooled(tower, features))))
+    probability, colour, presence = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    kind = probability.argmax(-1)
+    shape_patch, digit_patch = labels.kind < len(SHAPES), (labels.kind >= len(SHAPES)) & (labels.kind < N_KINDS)
+    background = labels.kind == N_KINDS
+    digit_right = []
+    for row, scene in enumerate(scenes):
+        owner = scene.patch_object.reshape(-1)
+        for number, item in enumerate(scene.objects):
+            if item.digit is not None:
+                summed = probability[row][owner == number][:, len(SHAPES) : N_KINDS].sum(0)
+                digit_right.append(int(summed.argmax()) == item.digit)
+    return {
+        "shape_patch": float((kind == labels.kind)[shape_patch].mean()),
+        "digit_patch": float((kind == labels.kind)[digit_patch].mean()),
+        "digit_object": float(np.mean(digit_right)),
+        "colour_patch": float((colour == labels.colour)[~background].mean()),
+        "false_object": float((kind != N_KINDS)[background].mean()),
+        "presence_recall": float((presence > 0)[labels.presence > 0].mean()),
+    }
+
+
+def train_tower(rank: int, world: int, out: Path, settings: StageSettings) -> None:
+    """Run or resume stage 1; checkpoints go to `out/tower.pt`, the curve to `out/curve.csv`."""
+    model = build_model(settings.seed)
+    tower = vision_tower(model)
+    torch.manual_seed(settings.seed)
+    heads = TowerHeads()
+    flat = FlatParameters([tower, heads], settings.ema)
+    optimizer = flat.optimizer(settings.lr)
+    path, step, clock = out / "tower.pt", 0, Clock(settings.minutes * 60)
+    state = load_checkpoint(path)
+    if state is not None:
+        step, clock.elapsed, flat.updates = state["step"], state["elapsed"], state["step"]
+        flat.values.copy_(state["values"])
+        flat.average.copy_(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+    easy = EasyPictures(load_easy_vqa("train"))
+    progress, running, last_save, last_eval = clock.tick(), torch.zeros(()), clock.elapsed, clock.elapsed
+    while progress < 1.0:
+        rng = np.random.default_rng([settings.seed, STAGE_SEED, rank, step])
+        images, labels = draw_batch(rng, settings.batch, progress, easy)
+        index = choose_patches(rng, labels, 98 if progress < 0.85 else GRID * GRID)
+        flat.zero_grad()
+        loss = tower_loss(tower, heads, images, labels, index)
+        loss.backward()
+        progress = flat.reduce(clock.tick(), world)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, progress)
+        optimizer.step()
+        flat.update_average()
+        step += 1
+        running = 0.98 * running + 0.02 * loss.detach() if step > 1 else loss.detach()
+        if rank:
+            continue
+        if clock.elapsed - last_eval > settings.eval_every or progress >= 1.0:
+            clock.tick()
+            last_eval = clock.elapsed
+            flat.swap_average()
+            metrics = evaluate_tower(tower, heads)
+            flat.swap_average()
+            clock.skip()
+            images_seen = step * settings.batch * world
+            logger.info("tower step %d images %d seconds %.0f loss %.3f %s", step, images_seen, clock.elapsed,
+                        float(running), " ".join(f"{k} {v:.3f}" for k, v in metrics.items()))  # fmt: skip
+            row = {"stage": "tower", "step": step, "images": images_seen, "seconds": round(clock.elapsed)}
+            append_row(out / "curve.csv", {**row, "loss": float(running), **metrics})
+        if clock.elapsed - last_save > settings.save_every or progress >= 1.0:
+            last_save = clock.elapsed
+            save_checkpoint(path, {
+                "step": step, "elapsed": clock.elapsed, "values": flat.values, "average": flat.average,
+                "optimizer": optimizer.state_dict(), "images": step * settings.batch * world,
+            })  # fmt: skip

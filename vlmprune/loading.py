@@ -1,0 +1,145 @@
+"""Models and images from what a user types: names, paths and hub ids."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageOps
+
+from vlmprune.core.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_PIXELS = 100_000_000
+MAX_ASPECT = 100  # resizing the short edge of a longer strip would need memory without bound
+
+
+def load_model(
+    name: str, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> tuple[Any, Any]:
+    """Load a vision-language model in eval mode.
+
+    Args:
+        name: an embedded model (``tiny-llava``), a local folder, or a hub id.
+        dtype: dtype of the weights; None keeps the checkpoint's.
+        device: where to put the model; None leaves it on the CPU.
+
+    Returns:
+        ``(model, processor)``.
+
+    Raises:
+        InputError: nothing of this name can be loaded, or it is no image-text model.
+    """
+    from vlmprune.embedded import embedded_models, load_embedded
+
+    if not name.strip():
+        raise InputError(f"The model name is empty; give {embedded_models()[0]}, a folder, or a hub id.")
+    folder = Path(name).expanduser()
+    if name in embedded_models() and not folder.is_dir():
+        model, processor = load_embedded(name)
+        model = model if dtype is None else model.to(_torch_dtype(dtype))
+    else:
+        if _is_path(name) and not folder.is_dir():
+            raise InputError(f"Model folder {name!r} does not exist.")
+        # Without this check transformers guesses a model type from the folder's name.
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise InputError(f"Model folder {name!r} holds no config.json, so it is no saved model.")
+        model, processor = _from_pretrained(str(folder) if folder.is_dir() else name, dtype)
+    return (model if device is None else model.to(device)).eval(), processor
+
+
+def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a picture as RGB, turned upright by its EXIF tag.
+
+    Args:
+        path: image file.
+        max_pixels: larger pictures are refused before they are decoded.
+
+    Raises:
+        InputError: the file is missing, no image, damaged, too large, or more than 100 times as long as wide.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"Image {str(path)!r} does not exist." if not path.exists() else f"{str(path)!r} is no file.")
+    try:
+        with Image.open(path) as image:
+            _check_size(image, path, max_pixels)
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise InputError(f"Image {str(path)!r} cannot be read: {first_line(error)}") from None
+
+
+def _check_size(image: Image.Image, path: Path, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise InputError(
+            f"Image {str(path)!r} has {width} x {height} pixels, more than {max_pixels}; make it smaller."
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise InputError(f"Image {str(path)!r} is a strip of {width} x {height} pixels; crop it.")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something, shortened, or its type's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return textwrap.shorten(lines[0], 250, placeholder=" ...") if lines else type(error).__name__
+
+
+def _is_path(name: str) -> bool:
+    """True if ``name`` can only be meant as a path: a hub id is ``name`` or ``owner/name``."""
+    return name.startswith((".", "~", os.sep)) or name.endswith(("/", os.sep)) or name.count("/") > 1
+
+
+def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise InputError(f"Unknown dtype {dtype!r}; give float32, bfloat16 or float16.")
+    return found
+
+
+def _from_pretrained(name: str, dtype: torch.dtype | str | None) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    options = {} if dtype is None else {"dtype": _torch_dtype(dtype)}
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            raise InputError(
+                f"{name!r} is a {config.model_type!r} model, not one that takes images and writes text; "
+                "give a vision-language model such as tiny-llava or llava-hf/llava-1.5-7b-hf."
+            )
+        model = AutoModelForImageTextToText.from_pretrained(name, **options)
+        processor = AutoProcessor.from_pretrained(name)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(_load_failure(name, error)) from None
+    if not hasattr(processor, "image_processor"):
+        raise InputError(f"{name!r} has no image processor; save the model's processor beside its weights.")
+    return model, processor
+
+
+def _load_failure(name: str, error: BaseException) -> str:
+    if Path(name).is_dir():
+        return f"Model folder {name!r} cannot be loaded: {first_line(error)}"
+    from vlmprune.embedded import embedded_models
+
+    near = difflib.get_close_matches(name, embedded_models(), n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return (
+        f"{name!r} is no embedded model ({', '.join(embedded_models())}), no local folder, and could not be loaded "
+        f"from the hub: {first_line(error)}{hint}"
+    )
