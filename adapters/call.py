@@ -31,9 +31,10 @@ class Prefill:
         removed: ``[B, L]`` bool, dropped at a site with compact positions.
         visual: visual tokens left per row, known on the host.
         fields: carried per-token values ``[B, L, ...]``.
-        signals: text signals recorded so far.
+        signals: text signals recorded so far, each with the tokens that it is over.
         stage: keyword arguments prepared for the current tokens.
         renumbered: positions changed since layer 0.
+        digest: ``[B, L, D]`` the prompt's embeddings, from which rows that draw are seeded.
     """
 
     layout: PromptLayout
@@ -45,10 +46,11 @@ class Prefill:
     tokens: LayerTokens
     removed: Tensor
     visual: list[int]
+    digest: Tensor
     cache: PrunedDynamicCache | None = None
     relative: Tensor | None = None
     fields: dict[str, Tensor] = field(default_factory=dict)
-    signals: dict[Signal, Any] = field(default_factory=dict)
+    signals: dict[Signal, tuple[LayerTokens, Any]] = field(default_factory=dict)
     stage: dict[str, Any] = field(default_factory=dict)
     renumbered: bool = False
 

@@ -49,11 +49,11 @@ def build_context(
             return norm
         if isinstance(signal, s.Hidden) and signal.when == "in" and signal.layer == step.request.layer:
             return features
-        value = call.signals.get(signal)
-        if value is None:
+        if signal not in call.signals:
             raise SignalError(f"{signal} was not recorded before layer {step.request.layer}.")
+        recorded, value = call.signals[signal]
         if isinstance(signal, s.AttentionRows):
-            return value[rows].gather(2, safe[:, None].expand(-1, value.shape[1], -1)) * valid[:, None]
+            return _columns(value[rows], recorded.rows(rows), original, valid)
         return value[rows]
 
     carried = call.carry_in(rows, original)
@@ -75,6 +75,14 @@ def build_context(
         seeds=seeds(step.policy, row_list),
     )
     return context, rows, places
+
+
+def _columns(values: Tensor, recorded: LayerTokens, original: Tensor, valid: Tensor) -> Tensor:
+    """Columns of ``values [I, R, n]`` over the ``recorded`` tokens for the tokens ``original [I, V]``; zeros
+    where a token was not there yet or is not ``valid``."""
+    place = places_of(original, recorded)
+    there = valid & (recorded.index.gather(1, place) == original)
+    return values.gather(2, place[:, None].expand(-1, values.shape[1], -1)) * there[:, None]
 
 
 def _unchanged(value: Any) -> Any:
@@ -121,15 +129,17 @@ def apply_cut(
         call.renumbered = True
     for row, count in zip(context.sample, counts, strict=True):
         call.visual[row] = count
-    present = torch.zeros(shape, dtype=torch.bool, device=hidden.device).scatter(1, tokens.index, tokens.valid)
+    row = torch.arange(shape[0], device=hidden.device)
+    present = scatter_true(shape, row, tokens.index, tokens.valid)
     call.tokens = packed_tokens(call, present & ~(before & ~after))
-    local = torch.searchsorted(_ascending(tokens), call.tokens.index.contiguous())
+    local = places_of(call.tokens.index, tokens)
     return gather_tokens(hidden, local), local
 
 
-def _ascending(tokens: LayerTokens) -> Tensor:
-    """``index`` with left fillers replaced by -1, so that rows ascend strictly among real tokens."""
-    return torch.where(tokens.valid, tokens.index, -1).contiguous()
+def places_of(original: Tensor, tokens: LayerTokens) -> Tensor:
+    """Where the prompt places ``original [B, n]`` stand among ``tokens``; fillers stand before what they repeat."""
+    found = torch.searchsorted(tokens.index.contiguous(), original.contiguous(), right=True)
+    return (found - 1).clamp_min(0)
 
 
 def prefill_kwargs(call: Prefill, kwargs: dict[str, Any], hidden: Tensor, rotary: Callable[..., Any], form: str) -> dict[str, Any]:

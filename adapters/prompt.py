@@ -131,13 +131,3 @@ def shorten(kwargs: Mapping[str, Any], call: Prefill, embeds: Tensor, keep: Tens
         changed["cache_position"] = torch.arange(tokens.length, device=embeds.device)
     return changed
 
-
-def restore(hidden: Tensor, call: Prefill) -> Tensor:
-    """Hidden states ``[B, n, D]`` back at their places in the unpruned prompt, zeros where tokens were dropped."""
-    tokens = call.tokens
-    length = call.image_id.shape[1]
-    place = torch.where(tokens.valid, tokens.index, length)
-    full = hidden.new_zeros(hidden.shape[0], length + 1, hidden.shape[2])
-    return full.scatter(1, place[..., None].expand_as(hidden), hidden)[:, :length]
-
-

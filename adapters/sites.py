@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.adapters.delivery import why_missing
 from vlmprune.core.context import Context
-from vlmprune.core.errors import SignalError
+from vlmprune.core.errors import InputError, SignalError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.core.report import Report, SiteRecord
@@ -43,15 +44,27 @@ def plan(policy: Policy, info: ModelInfo) -> tuple[Step, ...]:
             if request.site not in info.sites:
                 served = ", ".join(sorted(info.sites))
                 raise SignalError(f"{leaf.name!r} acts at {request.site}, but {info.model_class} offers {served}.")
-            wanted = tuple(s for s in request.signals if type(s) in info.signals or not s.optional)
-            for signal in wanted:
-                if type(signal) not in info.signals:
+            _check_layer(leaf, request, info)
+            missing = {signal: why_missing(signal, request, info) for signal in request.signals}
+            for signal, reason in missing.items():
+                if reason is not None and not signal.optional:
                     raise SignalError(
-                        f"{leaf.name!r} needs the signal {type(signal).__name__}, which {info.model_class} cannot give"
-                        f"{_why(signal, info)}. Choose another policy: vlmprune.available()."
+                        f"{leaf.name!r} needs the signal {signal}, {reason}. "
+                        "Choose another policy: vlmprune.available()."
                     )
+            wanted = tuple(signal for signal, reason in missing.items() if reason is None)
             steps.append(Step(leaf, replace(request, signals=wanted)))
     return tuple(steps)
+
+
+def _check_layer(leaf: Policy, request: SiteRequest, info: ModelInfo) -> None:
+    """Refuse a decoder layer that does not exist: a policy there would never act."""
+    depth = info.text_depth or 0
+    if request.site in (Site.DECODER_LAYER, Site.KV_CACHE) and not 0 <= (request.layer or 0) < depth:
+        raise InputError(
+            f"{leaf.name!r} acts at {request.site} {request.layer}, but {info.model_class} has {depth} decoder "
+            f"layers; give a layer from 0 to {depth - 1}."
+        )
 
 
 def run_step(step: Step, context: Context, report: Report) -> Selection:
@@ -98,12 +111,6 @@ def _flops(policy: Policy, context: Context, selection: Selection) -> float | No
         return None
     each = [policy.selection_flops(context.info, n, k) for n, k in zip(context.lengths, selection.counts, strict=True)]
     return None if None in each else float(sum(f for f in each if f is not None))
-
-
-def _why(signal: Signal, info: ModelInfo) -> str:
-    if type(signal).__name__.startswith("Cls") and not info.has_cls:
-        return " (its vision tower has no CLS token)"
-    return " (it has no vision tower)" if info.vision_depth is None and signal.stack_name == "vision" else ""
 
 
 def site_signals(

@@ -11,6 +11,7 @@ from vlmprune.adapters.call import Prefill
 from vlmprune.adapters.vision import TowerRecorder
 from vlmprune.core import signals as s
 from vlmprune.core.errors import SignalError
+from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.core.randomness import item_seed, tensor_digest
 from vlmprune.kernels.gather import gather_tokens, pack_indices
@@ -25,6 +26,7 @@ class SignalSource:
         tower: the tower's recorder.
         projector: the projector module, if any.
         sample_ids: ids given by a harness, one per source row, or None.
+        info: the model's facts.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class SignalSource:
         tower: TowerRecorder,
         projector: nn.Module | None,
         sample_ids: list[str] | None,
+        info: ModelInfo,
     ) -> None:
+        self._info = info
         self._call = call
         self._embeds = embeds
         self._tower = tower
@@ -59,9 +63,9 @@ class SignalSource:
 
     def seeds(self, policy: Policy) -> tuple[int, ...] | None:
         """Seed of every image for a policy that draws, else None."""
-        seed = getattr(policy, "seed", None)
-        if seed is None:
+        if not policy.is_random(self._info):
             return None
+        seed = getattr(policy, "seed", 0)
         images = self._call.layout.images
         if self._sample_ids is not None:
             content = [self._sample_ids[image.sample // self._repeats()] for image in images]

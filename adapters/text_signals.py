@@ -29,7 +29,8 @@ class LayerRecorder:
             return
         with torch.no_grad():
             for signal in self._wanted:
-                call.signals[signal] = text_signal(signal, call, query.detach(), key.detach(), mask, scale)
+                value = text_signal(signal, call, query.detach(), key.detach(), mask, scale)
+                call.signals[signal] = (call.tokens, value)
 
 
 def text_signal(
@@ -82,5 +83,8 @@ def row_places(signal: s.AttentionRows, call: Prefill) -> Tensor:
         chosen = rows == TEXT_ROWS
         width = int(chosen.sum(1).max())
         return torch.where(chosen, places, -1).sort(1).values[:, tokens.length - width :]
-    return torch.tensor(signal.rows, device=places.device).expand(places.shape[0], -1)
+    order = torch.where(tokens.valid, tokens.valid.long().cumsum(1) - 1, -1)
+    wanted = torch.tensor(signal.rows, device=places.device)
+    found = order[:, None] == wanted[:, None]  # [B, R, n]
+    return torch.where(found.any(2), found.long().argmax(2), -1)
 

@@ -28,10 +28,11 @@ class Outcome:
 
     Attributes:
         answer: the new text.
-        visual_tokens: visual tokens of the image after the last reduction; mean_visual_tokens: mean over decoder layers.
-        prefill_ms: median milliseconds of the forward over the whole prompt, vision tower and selection included.
+        visual_tokens: visual tokens of the image after the last reduction.
+        mean_visual_tokens: visual tokens, mean over decoder layers.
+        prefill_ms: median milliseconds of the forward over the prompt, vision tower and selection included.
         answer_ms: median milliseconds of generating the answer, prefill included.
-        kv_bytes: bytes of keys and values that the cache holds after the prefill, all layers; None where unknown.
+        kv_bytes: bytes of keys and values in the cache after the prefill, all layers; None where unknown.
     """
 
     answer: str
@@ -121,7 +122,9 @@ def chat_prompt(processor: Any, question: str) -> str:
     if not question.strip():
         raise InputError("The question is empty.")
     if token and token in question:
-        raise InputError(f"The question holds the image placeholder {token!r}, which is added here; leave it out.")
+        raise InputError(
+            f"The question holds the image placeholder {token!r}, which is added here; leave it out."
+        )
     return render_prompt(processor, user_message(question, 1))
 
 
@@ -135,7 +138,8 @@ def raw_prompt(processor: Any, prompt: str) -> str:
     found = prompt.count(token) if token else 1
     if found != 1:
         raise InputError(
-            f"The raw prompt holds the image placeholder {token!r} {found} times; write it once, where the image goes."
+            f"The raw prompt holds the image placeholder {token!r} {found} times; "
+            "write it once, where the image goes."
         )
     return prompt
 

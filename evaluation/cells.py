@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmprune.core import config
+from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.evaluation.schema import DENSE, RANDOM, TEXT_ONLY, Keep
 
@@ -56,31 +57,34 @@ def text_only_cell() -> Cell:
     return Cell(TEXT_ONLY, None, {}, None, "site", None)
 
 
-def policy_cell(policy: Policy) -> Cell:
-    """The cell of a policy."""
+def policy_cell(policy: Policy, info: ModelInfo) -> Cell:
+    """The cell of a policy on a model."""
     leaves = policy.leaves()
     plain = config.to_dict(policy)
     if isinstance(plain, list):
-        params: dict[str, Any] = {leaf.name: _settings(part) for leaf, part in zip(leaves, plain, strict=True)}
+        params: dict[str, Any] = {
+            leaf.name: _settings(part) for leaf, part in zip(leaves, plain, strict=True)
+        }
         keep: Keep = [leaf.budget.describe() for leaf in leaves]
         return Cell("+".join(leaf.name for leaf in leaves), policy, params, keep, leaves[-1].basis, None)
     params = _settings(plain)
-    # A seed counts only where it is drawn from; policies that draw have a field of this name.
-    seed = getattr(policy, "seed", None)
+    # A seed counts only where something is drawn; policies that may draw have a field of this name.
     params.pop("seed", None)
+    seed = getattr(policy, "seed", None) if policy.is_random(info) else None
     return Cell(policy.name, policy, params, policy.budget.describe(), policy.basis, seed)
 
 
-def random_cell(keep: Keep, seed: int) -> Cell:
+def random_cell(keep: Keep, seed: int, info: ModelInfo) -> Cell:
     """`random` at a budget."""
-    return policy_cell(config.build(RANDOM, {"keep": keep, "seed": seed}))
+    return policy_cell(config.build(RANDOM, {"keep": keep, "seed": seed}), info)
 
 
 def random_budget(cell: Cell, mean_kept_layers: float | None) -> Keep:
     """The budget at which `random` is compared with a cell.
 
-    A share or a number of tokens is the cell's own budget. A list or a FLOP share names no count, so `random` keeps
-    as many tokens as the cell kept on average over the decoder layers.
+    A share or a number of tokens is the cell's own budget. A list or a FLOP share names no count, and a share
+    of 1.0 hides what a threshold drops, so there `random` keeps as many tokens as the cell kept on average
+    over the decoder layers.
 
     Args:
         cell: a policy's cell. mean_kept_layers: what it kept, per image; None where unknown.
@@ -91,19 +95,31 @@ def random_budget(cell: Cell, mean_kept_layers: float | None) -> Keep:
     if cell.policy is None:
         return None
     budget = cell.policy.budget
-    if not isinstance(cell.keep, list) and (budget.share is not None or budget.tokens is not None):
+    plain = budget.tokens is not None or (budget.share is not None and not budget.is_all)
+    if cell.name == RANDOM or (plain and not isinstance(cell.keep, list)):
         return cell.keep
     return None if mean_kept_layers is None else max(1, round(mean_kept_layers))
 
 
-def first_cells(policies: Sequence[Policy], text_only: bool, random_seeds: Iterable[int]) -> list[Cell]:
-    """Dense, text-only where asked for, the policies, and those random cells whose budget is known beforehand."""
-    cells = [dense_cell(), *([text_only_cell()] if text_only else []), *map(policy_cell, policies)]
+def first_cells(
+    policies: Sequence[Policy], info: ModelInfo, text_only: bool, random_seeds: Iterable[int]
+) -> list[Cell]:
+    """Dense, text-only where asked for, the policies, and `random` at each budget known beforehand."""
+    cells = [dense_cell(), *([text_only_cell()] if text_only else [])]
+    cells += [policy_cell(policy, info) for policy in policies]
     for budget in [random_budget(cell, None) for cell in cells]:
         if budget is not None:
-            cells += [random_cell(budget, seed) for seed in random_seeds]
+            cells += [random_cell(budget, seed, info) for seed in random_seeds]
     return list({cell.key: cell for cell in cells}.values())
 
 
 def _settings(plain: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in plain["parameters"].items() if name != "keep"}
+    return {name: _plain(value) for name, value in plain["parameters"].items() if name != "keep"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Policy):
+        return config.to_dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return value

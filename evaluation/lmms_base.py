@@ -1,6 +1,6 @@
 """Pruning inside a model class of lmms-eval itself, for parity with numbers published through it.
 
-    lmms-eval eval --model vlmprune --model_args base=llava_hf,pretrained=...,policy=hiprune,keep=0.33 --tasks ...
+lmms-eval eval --model vlmprune --model_args base=llava_hf,pretrained=...,policy=hiprune,keep=0.33 --tasks ...
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from vlmprune.evaluation.lmms_model import resolve_policy
 from vlmprune.evaluation.lmms_plugin import MODEL_NAME
 from vlmprune.evaluation.schema import DENSE
 
-
 # Falls back to a model without a language head where it does not know the config.
-_UNFIT = {"huggingface": "it loads a model without a language head", "async_hf_model": "it is the same as huggingface"}
+_UNFIT = {
+    "huggingface": "it loads a model without a language head",
+    "async_hf_model": "it is the same as huggingface",
+}
 _REJECTED = ("max_batch_size",)  # most classes refuse it
 
 
@@ -69,7 +71,9 @@ class _Guard:
         if self._handle.last_error is not None:
             raise self._handle.last_error
         if self._handle.last is None:
-            raise RuntimeError(f"{self._handle.policy.name} was applied, but no forward with visual tokens took place.")
+            raise RuntimeError(
+                f"{self._handle.policy.name} was applied, but no forward with visual tokens took place."
+            )
         return answers
 
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from vlmprune.api import Handle
 
 
-
 class VlmPrune(lmms):
     """A chat model of lmms-eval with a policy inside.
 
@@ -36,7 +35,8 @@ class VlmPrune(lmms):
         pretrained: embedded model (`tiny-llava`), local folder, or hub id.
         policy: registered policy, config file, or `dense`. keep: its budget (`1` is one token, `1.0` all).
         batch_size: questions per generate call.
-        device: where to run, e.g. `cuda:0`; None takes the process's GPU under `accelerate launch`, else the CPU.
+        device: where to run, e.g. `cuda:0`; None takes the process's GPU under `accelerate launch`, else the
+            CPU.
         dtype: dtype of the weights, None keeps the checkpoint's.
         parameters: hyper-parameters of the policy.
 
@@ -81,7 +81,9 @@ class VlmPrune(lmms):
         arguments = simple_parse_args_string(arg_string)
         extra = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if "pretrained" not in arguments:
-            raise InputError("model_args lacks pretrained=...; give an embedded model, a folder, or a hub id.")
+            raise InputError(
+                "model_args lacks pretrained=...; give an embedded model, a folder, or a hub id."
+            )
         if "base" in arguments:
             from vlmprune.evaluation.lmms_base import create_base
 
@@ -120,11 +122,13 @@ class VlmPrune(lmms):
         return self._model.device
 
     def __str__(self) -> str:
-        """Weights, policy and budget. The harness keys its response cache with this text, so it must tell them apart
-        and be the same in every process."""
+        """Weights, policy and budget. The harness keys its response cache with this text, so it must tell
+        them apart and be the same in every process."""
         from vlmprune.core import config
 
-        policy = DENSE if self._handle is None else json.dumps(config.to_dict(self._handle.policy), sort_keys=True)
+        policy = (
+            DENSE if self._handle is None else json.dumps(config.to_dict(self._handle.policy), sort_keys=True)
+        )
         return f"vlmprune({type(self._model).__name__}, {self._weights}, {self._model.dtype}, {policy})"
 
     def clean(self) -> None:
@@ -178,7 +182,9 @@ def resolve_policy(policy: str, keep: Any, parameters: Mapping[str, Any]) -> Pol
 
     if policy == DENSE:
         if keep not in (None, 1.0) or parameters:
-            raise InputError(f"policy=dense takes no budget or parameters, got keep={keep} {dict(parameters)}.")
+            raise InputError(
+                f"policy=dense takes no budget or parameters, got keep={keep} {dict(parameters)}."
+            )
         return None
     given = dict(parameters) if keep is None else {**parameters, "keep": keep}
     return config.resolve(policy, **given)

@@ -1,4 +1,4 @@
-"""Entry point `lmms_eval.models`: names the model class without importing it (or torch, or lmms-eval's evaluator)."""
+"""Entry point `lmms_eval.models`: names the model class without importing it."""
 
 from __future__ import annotations
 

@@ -54,8 +54,8 @@ def measure_prefill(
 ) -> Prefill:
     """Measure single-prompt prefills: vision tower, policy and decoder, logits of the last position only.
 
-    Policy and dense take turns on every prompt (A B A B), so that clock changes and warm-up hit both. One unmeasured
-    round comes first; KV bytes are read in it.
+    Policy and dense take turns on every prompt (A B A B), so that clock changes and warm-up hit both. One
+    unmeasured round comes first; KV bytes are read in it.
 
     Args:
         model, processor: the model, pruned already where `handle` is given.
@@ -86,7 +86,7 @@ def cache_bytes(cache: Any) -> int | None:
 
 
 def _encode_both(model: Any, processor: Any, request: Request, handle: Handle | None) -> dict[bool, Any]:
-    """Inputs of the dense run (key True) and of the policy's, whose image-site policies act on the processor."""
+    """Inputs of the dense run (key True) and of the policy's: image-site policies act on the processor."""
     with nullcontext() if handle is None else handle.disabled():
         inputs = {True: encode(model, processor, [request.prompt], [request.images])}
     if handle is not None:

@@ -22,7 +22,8 @@ class Answer:
     Attributes:
         text: decoded new tokens.
         n_images: images in the prompt.
-        visual, kept: visual tokens of the sample before any reduction and after the last site; None where unknown.
+        visual, kept: visual tokens of the sample before any reduction and after the last site; None where
+            unknown.
         layers: mean of the kept tokens over decoder layers.
         new_tokens: generated tokens.
     """
@@ -41,14 +42,16 @@ class InactivePolicyError(VlmpruneError, RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """One question ready for the model: a rendered prompt, its pictures and an id that does not depend on the batch."""
+    """One question ready for the model: an id independent of the batch, a rendered prompt, its pictures."""
 
     sample_id: str
     prompt: str
     images: Sequence[Any]
 
 
-def make_request(processor: Any, task: Task, doc: Mapping[str, Any], style: str, with_image: bool = True) -> Request:
+def make_request(
+    processor: Any, task: Task, doc: Mapping[str, Any], style: str, with_image: bool = True
+) -> Request:
     """The request of a document."""
     images = task.doc_to_visual(doc) if with_image else []
     prompt = render_prompt(processor, user_message(task.text(doc, style), len(images)))
@@ -69,7 +72,8 @@ def answer_requests(
     Args:
         model, processor: the model, pruned already where `handle` is given.
         requests: what to ask. generation: arguments of `generate`. batch_size: rows per call.
-        handle: of the applied policy; its sample ids are set, so that draws depend on neither batch nor order.
+        handle: of the applied policy; its sample ids are set, so that draws depend on neither batch nor
+            order.
         advance: called with the number of answers after every batch.
 
     Raises:
@@ -78,13 +82,19 @@ def answer_requests(
     """
     answers = []
     for start in range(0, len(requests), batch_size):
-        answers += answer_one_batch(model, processor, requests[start : start + batch_size], generation, handle)
+        answers += answer_one_batch(
+            model, processor, requests[start : start + batch_size], generation, handle
+        )
         advance(len(requests[start : start + batch_size]))
     return answers
 
 
 def answer_one_batch(
-    model: Any, processor: Any, requests: Sequence[Request], generation: Mapping[str, Any], handle: Handle | None
+    model: Any,
+    processor: Any,
+    requests: Sequence[Request],
+    generation: Mapping[str, Any],
+    handle: Handle | None,
 ) -> list[Answer]:
     """Answer the requests in one call of `generate`; see :func:`answer_requests`."""
     previous = None if handle is None else handle.last
@@ -115,7 +125,11 @@ def _reported(
     if not has_images:
         return [(0, 0, 0.0)] * rows
     if report is None or report is previous or report.n_samples != rows:
-        raise InactivePolicyError(f"{handle.policy.name} was applied, but the last forward left no report of {rows} rows.")
+        raise InactivePolicyError(
+            f"{handle.policy.name} was applied, but the last forward left no report of {rows} rows."
+        )
     per_layer = report.kept_tokens_per_layer
-    layers = [sum(row) / len(per_layer) for row in zip(*per_layer, strict=True)] if per_layer else [None] * rows
+    layers = (
+        [sum(row) / len(per_layer) for row in zip(*per_layer, strict=True)] if per_layer else [None] * rows
+    )
     return list(zip(report.visual_tokens, report.kept_tokens, layers, strict=True))

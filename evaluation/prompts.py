@@ -31,7 +31,9 @@ def render_prompt(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     return FALLBACK_PROMPT.format(images=f"{getattr(token, 'content', token)}\n" * n_images, text=text)
 
 
-def encode(model: Any, processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
+def encode(
+    model: Any, processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]
+) -> Any:
     """Left-padded model inputs on the model's device, floating values in its dtype.
 
     Args:
@@ -57,7 +59,8 @@ def answer_batch(
         generation: the task's generation arguments; greedy unless `do_sample` is true.
 
     Returns:
-        Decoded new tokens per prompt, number of new tokens per prompt (padding left out), and the model inputs.
+        Decoded new tokens per prompt, number of new tokens per prompt (padding left out), and the model
+        inputs.
     """
     inputs = encode(model, processor, prompts, images)
     options = generation_options(processor, generation)
@@ -83,7 +86,7 @@ def generation_options(processor: Any, generation: Mapping[str, Any]) -> dict[st
 
 
 def image_token_id(model: Any) -> int | None:
-    """Id of the placeholder that stands for one visual token in `input_ids`, or None where the config names none."""
+    """Id of the placeholder of a visual token in `input_ids`, or None where the config names none."""
     for name in ("image_token_id", "image_token_index"):
         value = getattr(model.config, name, None)
         if value is not None:

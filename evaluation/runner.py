@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlmprune.core.errors import InputError, VlmpruneError
+from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.core.registry import suggest
 from vlmprune.evaluation import measure, native
@@ -59,7 +60,9 @@ class NativeEngine:
     ) -> list[native.Answer]:
         """See :class:`Engine`."""
         with_image = cell.name != TEXT_ONLY
-        requests = [native.make_request(self.processor, run.task, doc, run.style, with_image) for doc in run.docs]
+        requests = [
+            native.make_request(self.processor, run.task, doc, run.style, with_image) for doc in run.docs
+        ]
         return native.answer_requests(
             self.model, self.processor, requests, run.task.generation, self.batch_size, handle, advance
         )
@@ -72,6 +75,7 @@ class _State:
     model: Any
     processor: Any
     model_name: str
+    info: ModelInfo
     engine: Engine
     measure_time: bool
     random_seeds: range
@@ -120,24 +124,25 @@ def evaluate(
         The rows.
 
     Raises:
-        InputError: unknown task or runner, a number out of range, or a policy or budget that does not fit the model.
-        CellsFailed: a policy raised while it ran; files are written, and the error carries the results.
+        InputError: unknown task or runner, a number out of range, or a policy or budget that does not fit the
+        model. CellsFailed: a policy raised while it ran; files are written, and the error carries the
+        results.
     """
     _check_numbers(limit, batch_size, random_seeds, seed)
     if runner not in RUNNERS:
         raise InputError(f"Unknown runner {runner!r}.{suggest(runner, list(RUNNERS))}")
     loaded = load_tasks(list(tasks))
-    _check_policies(model, processor, policies)
+    info = _check_policies(model, processor, policies)
     style = prompt_style(model_name)
     seeds = range(random_seeds)
-    cells = first_cells(policies, text_only, seeds)
+    cells = first_cells(policies, info, text_only, seeds)
     folder = None if output is None else _writable(Path(output))
     engine = _make_engine(runner, model, processor, batch_size, style, cache)
     runs = [TaskRun(task, task.load_docs(seed, limit), style) for task in loaded]
     stamp_seeds = {"data": seed, "bootstrap": seed, "random": list(seeds)}
     stamp = make_stamp(model, runner, batch_size, stamp_seeds)
     with Progress(progress, len(cells) * sum(len(run.docs) for run in runs)) as bar:
-        state = _State(model, processor, model_name, engine, measure_time, seeds, bar)
+        state = _State(model, processor, model_name, info, engine, measure_time, seeds, bar)
         for run in runs:
             _run_task(state, run, cells)
     rows = [row for run in runs for row in task_rows(model_name, run, stamp, seed)]
@@ -166,7 +171,9 @@ def _run_task(state: _State, run: TaskRun, cells: Sequence[Cell]) -> None:
     for cell_run in list(run.runs.values()):
         own = cell_run.samples
         budget = random_budget(cell_run.cell, mean_per_image([s.kept_layers for s in own], own))
-        for extra in [] if budget is None else [random_cell(budget, seed) for seed in state.random_seeds]:
+        for extra in (
+            [] if budget is None else [random_cell(budget, seed, state.info) for seed in state.random_seeds]
+        ):
             if extra.key not in run.runs and not any(extra.key == cell.key for cell in cells):
                 state.progress.extend(len(run.docs))
                 _run_cell(state, run, extra)
@@ -235,18 +242,24 @@ def _make_engine(
 
 
 def _check_numbers(limit: int | None, batch_size: int, random_seeds: int, seed: int) -> None:
-    for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("random_seeds", random_seeds, 0)):
+    for name, value, least in (
+        ("limit", limit, 1),
+        ("batch_size", batch_size, 1),
+        ("random_seeds", random_seeds, 0),
+    ):
         if value is not None and value < least:
             raise InputError(f"{name}={value} is out of range; give at least {least}.")
     if seed < 0:
         raise InputError(f"seed={seed} is out of range; give 0 or more.")
 
 
-def _check_policies(model: Any, processor: Any, policies: Sequence[Policy]) -> None:
-    """Apply and remove every policy once, so that a budget that does not fit is found before hours of work."""
+def _check_policies(model: Any, processor: Any, policies: Sequence[Policy]) -> ModelInfo:
+    """Apply and remove every policy once, so that a budget that does not fit is found before any work."""
+    from vlmprune.adapters.detect import model_info
     from vlmprune.api import applied
 
-    keys = [policy_cell(policy).key for policy in policies]
+    info = model_info(model)
+    keys = [policy_cell(policy, info).key for policy in policies]
     if len(set(keys)) != len(keys):
         raise InputError("A policy was given twice with the same settings.")
     for policy in policies:
@@ -257,6 +270,7 @@ def _check_policies(model: Any, processor: Any, policies: Sequence[Policy]) -> N
             raise
         except Exception:
             logger.debug("%s raised when applied; its cells will fail", policy.name, exc_info=True)
+    return info
 
 
 def _writable(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Result files: `results.json` (a `ResultsFile`) and `samples.jsonl` (one `SampleRow` per line).
 
-Both are written atomically: a reader sees the old file or the whole new one. A value that was not measured is null,
-never 0. `SCHEMA_VERSION` grows with every change of meaning; a reader refuses files newer than itself.
+Both are written atomically: a reader sees the old file or the whole new one. A value that was not measured is
+null, never 0. `SCHEMA_VERSION` grows with every change of meaning; a reader refuses files newer than itself.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ class Stamp(_Strict):
         dtype: dtype of the weights. attention: attention implementation of the decoder.
         threads: CPU threads of torch.
         runner: `"native"` or `"lmms-eval"`.
-        batch_size: rows per generate call (answers). Times and KV bytes are always measured on single prompts.
-        git_revision: revision of the code, `+changes` behind it if files were changed; None outside a checkout.
+        batch_size: rows per generate call (answers). Times and KV bytes are always measured on single
+            prompts.
+        git_revision: revision of the code, `+changes` behind it if files were changed; None outside a
+            checkout.
         package_version: version of this package.
         weight_hash: digest of the model's parameters and buffers (`vlmprune.evaluation.stamp.weight_hash`).
         seeds: `data` (which questions), `bootstrap`, and `random` (list of seeds of the random rows).
@@ -68,8 +70,10 @@ class ResultRow(_Strict):
 
     Attributes:
         model: name or path that was given. task: task name.
-        family: `"all"`, a question family, or `"headline"` (the headline families together, where they are not all).
-        policy: registered name (`a+b` for a composition), `"dense"`, or `"text_only"` (no image in the prompt).
+        family: `"all"`, a question family, or `"headline"` (the headline families together, where they are
+            not all).
+        policy: registered name (`a+b` for a composition), `"dense"`, or `"text_only"` (no image in the
+            prompt).
         params: hyper-parameters that differ from the defaults, without the budget.
         keep: the budget as `Budget.parse` reads it; 1.0 for dense, None for `text_only`.
         basis: what the budget is a share of: `site`, `final` or `mean_layers`.
@@ -77,15 +81,17 @@ class ResultRow(_Strict):
         n, n_images: questions and distinct images.
         accuracy: share of right answers, 0..1. ci_low, ci_high: its 95 % Wilson interval.
         retention: accuracy / dense accuracy on the same questions; None where dense has none right.
-        diff_random: accuracy minus that of `random` at the same budget (mean over its seeds) on the same questions.
-        diff_ci_low, diff_ci_high: its 95 % paired bootstrap interval over images. All three None for `random`, `dense`,
-            `text_only`.
+        diff_random: accuracy minus that of `random` at the same budget (mean over its seeds) on the same
+            questions.
+        diff_ci_low, diff_ci_high: its 95 % paired bootstrap interval over images. All three None for
+            `random`, `dense`, `text_only`.
         mean_visual_tokens: visual tokens per image before any reduction.
-        mean_kept_tokens: after the last site, per image. mean_kept_layers: mean over decoder layers, per image.
-        prefill_ms, prefill_ms_dense: median milliseconds of one prompt's prefill (vision tower, policy, decoder; logits of
-            the last position), measured in alternation. Only in rows with family `"all"`.
-        kv_bytes, kv_bytes_dense: bytes of keys and values after the prefill of one prompt, mean over the timed prompts.
-            Only in rows with family `"all"`.
+        mean_kept_tokens: after the last site, per image. mean_kept_layers: mean over decoder layers, per
+            image.
+        prefill_ms, prefill_ms_dense: median milliseconds of one prompt's prefill (vision tower, policy,
+            decoder; logits of the last position), measured in alternation. Only in rows with family `"all"`.
+        kv_bytes, kv_bytes_dense: bytes of keys and values after the prefill of one prompt, mean over the
+            timed prompts. Only in rows with family `"all"`.
     """
 
     model: str
@@ -136,10 +142,12 @@ class SampleRow(_Strict):
     """One answer.
 
     Attributes:
-        doc_id: id of the question, unique in its task and equal for every policy, so rows can be joined on it.
+        doc_id: id of the question, unique in its task and equal for every policy, so rows can be joined on
+            it.
         image_id: id of the picture.
         answer: the target. prediction: the decoded new tokens. correct: exact match.
-        visual_tokens, kept_tokens: of the sample, all its images together; kept_layers: mean over decoder layers.
+        visual_tokens, kept_tokens: of the sample, all its images together; kept_layers: mean over decoder
+            layers.
     """
 
     model: str
@@ -179,12 +187,16 @@ class ResultsFile(_Strict):
     @model_validator(mode="after")
     def _not_newer(self) -> ResultsFile:
         if self.schema_version > SCHEMA_VERSION:
-            raise ValueError(f"schema version {self.schema_version} is newer than {SCHEMA_VERSION}; update vlmprune")
+            raise ValueError(
+                f"schema version {self.schema_version} is newer than {SCHEMA_VERSION}; update vlmprune"
+            )
         return self
 
     def select(self, **values: Any) -> list[ResultRow]:
         """Rows whose fields equal the given values, e.g. `select(task="scenes", family="all")`."""
-        return [row for row in self.rows if all(getattr(row, name) == value for name, value in values.items())]
+        return [
+            row for row in self.rows if all(getattr(row, name) == value for name, value in values.items())
+        ]
 
 
 def write_text_atomically(path: Path, text: str) -> Path:
@@ -216,7 +228,9 @@ def write_results(folder: Path, results: ResultsFile) -> Path:
 
 def write_samples(folder: Path, samples: Iterable[SampleRow]) -> Path:
     """Write `samples.jsonl` into a folder."""
-    return write_text_atomically(folder / SAMPLES_NAME, "".join(row.model_dump_json() + "\n" for row in samples))
+    return write_text_atomically(
+        folder / SAMPLES_NAME, "".join(row.model_dump_json() + "\n" for row in samples)
+    )
 
 
 def read_results(path: Path) -> ResultsFile:

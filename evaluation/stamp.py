@@ -43,12 +43,13 @@ def make_stamp(model: Any, runner: str, batch_size: int, seeds: Mapping[str, Any
         package_version=__version__,
         weight_hash=weight_hash(model),
         seeds=dict(seeds),
-        started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 
 def weight_hash(model: torch.nn.Module) -> str:
-    """Digest of names, shapes, dtypes and values of all parameters and persistent buffers, independent of the device.
+    """Digest of names, shapes, dtypes and values of all parameters and persistent buffers, independent of the
+    device.
 
     Of models above 2 GiB only some values of every tensor enter it; the digest then starts with `sampled-`.
     """
@@ -80,7 +81,7 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def git_revision() -> str | None:
-    """Revision of the checkout this code runs from, `+changes` behind it if files differ; None outside a checkout."""
+    """Revision of the checkout, `+changes` behind it if tracked files differ; None outside a checkout."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -92,7 +93,9 @@ def git_revision() -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=20)
+    done = subprocess.run(
+        ["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=20
+    )
     return done.stdout.strip()
 
 

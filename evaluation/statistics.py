@@ -39,8 +39,8 @@ def paired_bootstrap(
 ) -> tuple[float, float | None, float | None]:
     """Mean difference `first - second` of paired values with a 95 % percentile interval.
 
-    Whole clusters are drawn with replacement (here: an image with all its questions), since questions about one
-    image share its kept tokens and are not independent.
+    Whole clusters are drawn with replacement (here: an image with all its questions), since questions about
+    one image share its kept tokens and are not independent.
 
     Args:
         first, second: values of the same questions in the same order.
@@ -54,7 +54,9 @@ def paired_bootstrap(
         ValueError: lengths differ or nothing is given.
     """
     if not len(first) == len(second) == len(clusters) or not len(first):
-        raise ValueError(f"need equally many values, at least one: {len(first)}, {len(second)}, {len(clusters)}")
+        raise ValueError(
+            f"need equally many values, at least one: {len(first)}, {len(second)}, {len(clusters)}"
+        )
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     names, cluster = np.unique(np.asarray(clusters), return_inverse=True)
     mean = float(difference.mean())

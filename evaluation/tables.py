@@ -10,7 +10,9 @@ from vlmprune.evaluation.summary import HEADLINE
 MISSING = "–"
 
 
-def render_table(rows: Sequence[ResultRow], families: Sequence[str] | None = None, title_tasks: bool = True) -> str:
+def render_table(
+    rows: Sequence[ResultRow], families: Sequence[str] | None = None, title_tasks: bool = True
+) -> str:
     """Markdown tables, one per model and task: a line per policy and budget.
 
     Args:
@@ -60,8 +62,17 @@ def _title(model: str, task: str, rows: Sequence[ResultRow]) -> str:
 def _table(rows: Sequence[ResultRow], families: Sequence[str] | None) -> str:
     families = list(families) if families else default_families(rows)
     accuracies = [f"{name} (95 % interval)" if i == 0 else name for i, name in enumerate(families)]
-    header = ["policy", "keep", *accuracies, "vs dense", "vs random", "tokens", "mean over layers", "prefill ms"]
-    header += ["KV kB"]
+    header = [
+        "policy",
+        "keep",
+        *accuracies,
+        "vs dense",
+        "vs random",
+        "tokens",
+        "mean over layers",
+        "prefill ms (dense)",
+        "KV kB",
+    ]
     lines = [header, ["---", "---:", *["---:"] * (len(header) - 2)]]
     for group in _by_cell(rows):
         lines.append(_line(group, families))
@@ -88,7 +99,9 @@ def _line(group: dict[str, ResultRow], families: Sequence[str]) -> list[str]:
     if first is not None and first.diff_random is not None:
         difference = percent(first.diff_random, sign=True)
         if first.diff_ci_low is not None:
-            difference += f" ({percent(first.diff_ci_low, sign=True)} to {percent(first.diff_ci_high, sign=True)})"
+            difference += (
+                f" ({percent(first.diff_ci_low, sign=True)} to {percent(first.diff_ci_high, sign=True)})"
+            )
     return [
         _name(some),
         MISSING if some.policy == DENSE else keep_text(some.keep),
@@ -97,7 +110,7 @@ def _line(group: dict[str, ResultRow], families: Sequence[str]) -> list[str]:
         difference,
         _number(whole.mean_kept_tokens),
         _number(whole.mean_kept_layers),
-        MISSING if whole.prefill_ms is None else f"{whole.prefill_ms:.1f}",
+        _prefill(whole),
         MISSING if whole.kv_bytes is None else f"{whole.kv_bytes / 1000:.1f}",
     ]
 
@@ -107,6 +120,14 @@ def _name(row: ResultRow) -> str:
     if row.seed is not None:
         settings.append(f"seed {row.seed}")
     return row.policy.replace("_", "-") + (f" ({', '.join(settings)})" if settings else "")
+
+
+def _prefill(row: ResultRow) -> str:
+    """The time, and behind it the dense time measured in turns with it."""
+    if row.prefill_ms is None:
+        return MISSING
+    beside = "" if row.policy == DENSE or row.prefill_ms_dense is None else f" ({row.prefill_ms_dense:.1f})"
+    return f"{row.prefill_ms:.1f}{beside}"
 
 
 def _number(value: float | None) -> str:

@@ -1,7 +1,9 @@
 """The VTC-Bench filter: how a policy does on questions that need more than a smaller image.
 
-Source: "Are We Using the Right Benchmark", arXiv 2510.07143, section 3.4. Questions that the dense model answers are
-split by whether a plainly downsampled image is enough: group A (difficult, downsampling fails) and group B (simple).
+Source: "Are We Using the Right Benchmark", arXiv 2510.07143, section 3.4. Questions that the dense model
+answers are
+split by whether a plainly downsampled image is enough: group A (difficult, downsampling fails) and group B
+    (simple).
 A policy's score is its accuracy on group A. Groups depend on the downsampling factor, that is on the budget.
 """
 
@@ -17,7 +19,7 @@ from vlmprune.evaluation.statistics import wilson
 
 @dataclass(frozen=True)
 class VTCGroups:
-    """Questions answered correctly by the dense model: `a` where downsampling fails, `b` where it suffices; sorted."""
+    """Questions that the dense model answers, sorted: `a` where downsampling fails, `b` where it suffices."""
 
     a: tuple[str | int, ...]
     b: tuple[str | int, ...]
@@ -38,7 +40,8 @@ def split_groups(dense: Mapping[str | int, bool], downsample: Mapping[str | int,
     """Split the questions that the dense model answers.
 
     Args:
-        dense, downsample: question id -> answered correctly. A question that `downsample` lacks counts as failed.
+        dense, downsample: question id -> answered correctly. A question that `downsample` lacks counts as
+            failed.
     """
     solved = sorted((key for key, correct in dense.items() if correct), key=lambda k: (isinstance(k, str), k))
     simple = [key for key in solved if downsample.get(key, False)]
@@ -46,7 +49,7 @@ def split_groups(dense: Mapping[str | int, bool], downsample: Mapping[str | int,
 
 
 def score_group(group: Sequence[str | int], method: Mapping[str | int, bool]) -> GroupScore:
-    """Score a method on a group; a question missing from `method` stays in the denominator and counts as wrong."""
+    """Score a method on a group; a question missing from `method` stays in the total and counts as wrong."""
     total = len(group)
     correct = sum(bool(method.get(key, False)) for key in group)
     if total == 0:
@@ -80,7 +83,9 @@ def vtc_scores(
         for name in (dense, downsample):
             found = [correct for (policy, _), correct in cells.items() if policy == name]
             if len(found) != 1:
-                raise InputError(f"Task {task!r} needs exactly one run of {name!r} for the VTC groups, has {len(found)}.")
+                raise InputError(
+                    f"Task {task!r} needs exactly one run of {name!r} for the VTC groups, has {len(found)}."
+                )
             references[name] = found[0]
         groups = split_groups(references[dense], references[downsample])
         for (policy, label), correct in cells.items():

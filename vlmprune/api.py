@@ -65,11 +65,11 @@ class Handle:
     @property
     def sample_ids(self) -> list[str] | None:
         """Ids of the rows of the next forwards, which seed policies that draw; None seeds by image content."""
-        return self._engine.sample_ids
+        return self._engine.forward.sample_ids
 
     @sample_ids.setter
     def sample_ids(self, ids: Sequence[str] | None) -> None:
-        self._engine.sample_ids = None if ids is None else [str(i) for i in ids]
+        self._engine.forward.sample_ids = None if ids is None else [str(i) for i in ids]
 
     @property
     def active(self) -> bool:

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlmprune.core.errors import InputError
 
@@ -53,37 +53,39 @@ def load_model(
     return (model if device is None else model.to(device)).eval(), processor
 
 
-def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, label: str | None = None
+) -> Image.Image:
     """Read a picture as RGB, turned upright by its EXIF tag.
 
     Args:
         path: image file.
         max_pixels: larger pictures are refused before they are decoded.
+        label: what errors call the picture; None names the path.
 
     Raises:
         InputError: the file is missing, no image, damaged, too large, or more than 100 times as long as wide.
     """
     path = Path(path)
+    label = label or f"Image {str(path)!r}"
     if not path.is_file():
-        raise InputError(f"Image {str(path)!r} does not exist." if not path.exists() else f"{str(path)!r} is no file.")
+        raise InputError(f"{label} is not a file." if path.exists() else f"{label} does not exist.")
     try:
         with Image.open(path) as image:
-            _check_size(image, path, max_pixels)
+            _check_size(image, label, max_pixels)
             return ImageOps.exif_transpose(image).convert("RGB")
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f"Image {str(path)!r} cannot be read: {first_line(error)}") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{label} cannot be read: it is no image, or of an unknown format.") from None
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise InputError(f"{label} cannot be read: {first_line(error)}") from None
 
 
-def _check_size(image: Image.Image, path: Path, max_pixels: int) -> None:
+def _check_size(image: Image.Image, label: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise InputError(
-            f"Image {str(path)!r} has {width} x {height} pixels, more than {max_pixels}; make it smaller."
-        )
+        raise InputError(f"{label} has {width} x {height} pixels, more than {max_pixels}; make it smaller.")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise InputError(f"Image {str(path)!r} is a strip of {width} x {height} pixels; crop it.")
+        raise InputError(f"{label} is a strip of {width} x {height} pixels; crop it.")
 
 
 def first_line(error: BaseException) -> str:
@@ -140,6 +142,6 @@ def _load_failure(name: str, error: BaseException) -> str:
     near = difflib.get_close_matches(name, embedded_models(), n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return (
-        f"{name!r} is no embedded model ({', '.join(embedded_models())}), no local folder, and could not be loaded "
-        f"from the hub: {first_line(error)}{hint}"
+        f"{name!r} is no embedded model ({', '.join(embedded_models())}), no local folder, and could not be "
+        f"loaded from the hub: {first_line(error)}{hint}"
     )

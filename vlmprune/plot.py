@@ -18,7 +18,7 @@ WHITE = (255, 255, 255)
 # Dark blue over green to yellow: lightness rises with the score, so the ramp also reads without colour.
 SCORE_RAMP = ((45, 30, 110), (40, 110, 142), (53, 183, 121), (253, 231, 37))
 GOLDEN_TURN = 0.618034  # successive hues lie far apart
-MIN_CELL = 16
+MIN_CELL = 24
 
 
 def plot_selection(
@@ -43,8 +43,8 @@ def plot_selection(
         dim: brightness of dropped tokens, 0 (black) to 1 (unchanged).
         groups: outline merged tokens by destination; False outlines every token that is part of one.
         scores: colour the outlines of unmerged kept tokens by their score, dark to bright.
-        processor: the processor that prepared the image: its resizing and cropping are repeated exactly. Without it
-            the centre square is shown, which is right for processors that crop a square and nothing else.
+        processor: the processor that prepared the image: its resizing and cropping are repeated. Without it the
+            centre square is shown, which is right for processors that crop a square and nothing else.
 
     Returns:
         An RGB picture, enlarged by a whole number so that single tokens can be seen.
@@ -57,13 +57,15 @@ def plot_selection(
     assert report is not None
     if len(record.views) != 1:
         raise UnsupportedError(
-            f"Image {image_index} of sample {sample} has {len(record.views)} views; only images with one view, "
-            "as LLaVA encodes them, can be drawn. draw_tokens() takes any single view."
+            f"Image {image_index} of sample {sample} has {len(record.views)} views; only images with one "
+            "view can be drawn. draw_tokens() takes any single view."
         )
     view = record.views[0]
     cells = {token: cell for cell, token in enumerate(view.tokens().tolist())}
     kept = [cells[token] for token in report.kept(sample, image_index) if token in cells]
-    merged = [[cells[t] for t in g if t in cells] for g in report.groups(sample, image_index)] if groups else None
+    merged = (
+        [[cells[t] for t in g if t in cells] for g in report.groups(sample, image_index)] if groups else None
+    )
     values = None
     if scores:
         given = report.scores(sample, image_index)
@@ -89,11 +91,11 @@ def draw_tokens(
         image: the view as the encoder saw it.
         grid: rows and columns of tokens; token ``i`` lies in row ``i // columns``.
         kept: tokens that stay bright.
-        groups: tokens that became one token, per destination; those of two or more members share an outline in the
-            destination's colour. A token in several groups is drawn in the first.
+        groups: tokens that became one token, per destination; those of two or more members share an outline
+            in the destination's colour. A token in several groups is drawn in the first.
         scores: one value per token of the grid; colours the outlines of kept tokens without a group.
         dim: brightness of the other tokens, 0 to 1.
-        min_cell: the picture is enlarged by a whole number until a token is at least this many pixels wide and high.
+        min_cell: the picture is enlarged by a whole number until every side of a token has this many pixels.
 
     Raises:
         InputError: a token outside the grid, a grid finer than the pixels, or a value out of range.
@@ -103,14 +105,16 @@ def draw_tokens(
     labels, colours = _label_tokens(height * width, kept, groups, scores)
     factor = max(1, -(-min_cell * height // image.height), -(-min_cell * width // image.width))
     size = (image.width * factor, image.height * factor)
-    shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC) if factor > 1 else image.convert("RGB")
+    shown = (
+        image.convert("RGB").resize(size, Image.Resampling.BICUBIC) if factor > 1 else image.convert("RGB")
+    )
     rows = np.arange(size[1]) * height // size[1]
     columns = np.arange(size[0]) * width // size[0]
     owner = labels[rows[:, None] * width + columns[None, :]]  # [H, W] label of every pixel, -1 where dropped
     pixels = np.asarray(shown).astype(np.float32)
     pixels = np.where((owner >= 0)[..., None], pixels, np.round(pixels * dim))
     cell = min(size[1] // height, size[0] // width)
-    border = _border(owner, max(1, cell // 12)) & (owner >= 0)
+    border = _border(owner, max(1, cell // 24)) & (owner >= 0)
     pixels[border] = colours[owner[border]]
     return Image.fromarray(pixels.astype(np.uint8))
 
@@ -151,7 +155,9 @@ def group_colours(n: int) -> list[tuple[int, int, int]]:
 
 def _image_record(report: Report | None, sample: int, image_index: int) -> ImageRecord:
     if report is None:
-        raise InputError("There is no report: run a forward with an image while the policy is applied, then draw.")
+        raise InputError(
+            "There is no report: run a forward with an image while the policy is applied, then draw."
+        )
     records = [record for record in report.images if record.sample == sample]
     if not 0 <= image_index < len(records):
         raise InputError(
@@ -167,7 +173,8 @@ def _processed(image: Image.Image, processor: Any) -> Image.Image:
     pixels = batch["pixel_values"].float().numpy()
     if pixels.ndim != 4 or pixels.shape[0] != 1:
         raise UnsupportedError(
-            f"{type(image_processor).__name__} makes {list(pixels.shape)} of one image, not one picture [1, C, H, W]."
+            f"{type(image_processor).__name__} makes {list(pixels.shape)} of one image, not one picture "
+            "[1, C, H, W]."
         )
     return Image.fromarray(np.clip(np.round(pixels[0].transpose(1, 2, 0)), 0, 255).astype(np.uint8))
 
@@ -175,7 +182,9 @@ def _processed(image: Image.Image, processor: Any) -> Image.Image:
 def _check(image: Image.Image, grid: tuple[int, int], dim: float, scores: Sequence[float] | None) -> None:
     height, width = grid
     if not (1 <= height <= image.height and 1 <= width <= image.width):
-        raise InputError(f"A grid of {height} x {width} tokens does not fit {image.height} x {image.width} pixels.")
+        raise InputError(
+            f"A grid of {height} x {width} tokens does not fit {image.height} x {image.width} pixels."
+        )
     if not 0 <= dim <= 1:
         raise InputError(f"dim={dim} is out of range; give a brightness from 0 to 1.")
     if scores is not None and len(scores) != height * width:
@@ -199,7 +208,9 @@ def _label_tokens(
         colours.append(colour)
     single = [token for token in kept if labels[token] < 0]
     labels[single] = range(len(colours), len(colours) + len(single))
-    colours += [WHITE] * len(single) if scores is None else _score_colours([scores[token] for token in single])
+    colours += (
+        [WHITE] * len(single) if scores is None else _score_colours([scores[token] for token in single])
+    )
     return labels, np.asarray(colours, dtype=np.float32).reshape(-1, 3)
 
 
@@ -207,7 +218,8 @@ def _score_colours(scores: Sequence[float]) -> list[tuple[int, int, int]]:
     values = np.asarray(scores, dtype=np.float64)
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-    place = np.nan_to_num((values - low) / (high - low), nan=0.0, posinf=1.0, neginf=0.0) if high > low else values * 0
+    spread = high - low if high > low else 1.0
+    place = np.nan_to_num((values - low) / spread, nan=0.0, posinf=1.0, neginf=0.0)
     knots, ramp = np.linspace(0, 1, len(SCORE_RAMP)), np.asarray(SCORE_RAMP, dtype=np.float64)
     mixed = np.stack([np.interp(place, knots, ramp[:, channel]) for channel in range(3)], 1)
     return [(int(red), int(green), int(blue)) for red, green, blue in mixed.round()]

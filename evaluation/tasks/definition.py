@@ -80,7 +80,7 @@ def load_task(name: str) -> Task:
         raise InputError(f"Unknown task {name!r}.{suggest(name, task_names())}")
     path = TASKS_FOLDER / name / f"{name}.yaml"
     # The loader is safe apart from `!function`, and the file is this package's own.
-    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     module = importlib.import_module(f"vlmprune.evaluation.tasks.{name}.utils")
     return Task(
         name=name,

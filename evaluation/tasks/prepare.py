@@ -1,4 +1,4 @@
-"""Tasks as files for lmms-eval: a parquet with pictures and a copy of the YAML beside it, in a cache folder."""
+"""Tasks as files for lmms-eval: a parquet with pictures and the YAML beside it, in a cache folder."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def default_cache() -> Path:
 def prepare_task(task: Task, docs: Sequence[Mapping[str, Any]], cache: Path | None = None) -> Path:
     """Make the folder that lmms-eval takes as `include_path` for one task.
 
-    The folder's name holds a digest of its content, so other documents get another folder and a finished one is
-    used again. It appears atomically, whoever else builds it at the same time.
+    The folder's name holds a digest of its content, so other documents get another folder and a finished one
+    is used again. It appears atomically, whoever else builds it at the same time.
 
     Args:
         task: the task. docs: its documents, in order. cache: parent folder, None for :func:`default_cache`.

@@ -133,7 +133,8 @@ def _pairs(kind: str, source: np.ndarray) -> Between:
     if kind in ("distance", "similarity"):
         return lambda j, i: float(source[j, i])
     if kind == "l2":
-        return lambda j, i: _sum((source[j] - source[i]) ** 2)
+        finite = np.where(np.isfinite(source).all(1, keepdims=True), source, np.nan)
+        return lambda j, i: _sum((finite[j] - finite[i]) ** 2)
     norms = [max(math.sqrt(_sum(row**2)), MIN_NORM) for row in source]
     units = source / np.array(norms).reshape(-1, 1)
 
@@ -153,7 +154,10 @@ def _sum(values: np.ndarray) -> float:
 
 def _mean_distances(problem: Problem, b: int, source: np.ndarray, between: Between) -> np.ndarray:
     """``[n]`` order of distance from the mean: mean distance to the valid tokens."""
-    members = range(problem.n) if problem.valid is None else np.flatnonzero(_numpy(problem.valid[b]))
+    counted = np.ones(problem.n, dtype=bool) if problem.valid is None else _numpy(problem.valid[b]) > 0
+    if problem.features is not None:
+        counted = counted & np.isfinite(source).all(1)
+    members = np.flatnonzero(counted)
     sign = -1.0 if problem.kind in ("cosine", "similarity") else 1.0
     return np.array([sign * sum(between(i, int(j)) for j in members) for i in range(problem.n)])
 

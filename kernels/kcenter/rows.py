@@ -21,11 +21,16 @@ def unit_rows(points: Tensor) -> Tensor:
 
 
 def masked_mean(points: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean ``[B, 1, d]`` of the valid rows; zeros where there are none."""
-    if valid is None:
-        return points.mean(1, keepdim=True)
-    total = points.masked_fill(~valid[..., None], 0.0).sum(1, keepdim=True)
-    return total / valid.sum(1).clamp_min(1)[:, None, None]
+    """Mean ``[B, 1, d]`` of the valid rows that are finite; zeros where there are none."""
+    counted = points.isfinite().all(-1)
+    counted = counted if valid is None else counted & valid
+    total = points.masked_fill(~counted[..., None], 0.0).sum(1, keepdim=True)
+    return total / counted.sum(1).clamp_min(1)[:, None, None]
+
+
+def mark_not_finite(points: Tensor) -> Tensor:
+    """Rows with an infinite value become NaN, so that all their distances are."""
+    return points.masked_fill(~points.isfinite().all(-1, keepdim=True), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,9 @@ class FeatureRows:
         else:
             assert self.squares is not None
             distance = self.squares[:, None] + self.squares.gather(1, index)[..., None] - 2 * products
-        if self.copies is not None:
+        if self.copies is None:
+            distance.scatter_(2, index[..., None], self.own.gather(1, index)[..., None])
+        else:
             distance = distance.gather(2, self.copies[:, None].expand_as(distance))
             same = self.copies[:, None] == index[..., None]
             distance = torch.where(same, self.own[:, None], distance)
@@ -110,11 +117,13 @@ def make_rows(problem: Problem, gram: bool) -> Rows:
         own = 1 - (norm / MIN_NORM).clamp_max(1.0).square() + 0 * norm
     elif raw.shape[-1] <= DIRECT_L2_CHANNELS:
         # Differences of equal rows are exactly zero already.
+        raw = mark_not_finite(raw)
         return FeatureRows(raw, "direct", False, None, None, raw.new_zeros(raw.shape[:2]), None)
     else:
         kind, points = "l2", raw - masked_mean(raw, problem.valid)
         squares = points.square().sum(-1)
         own = 0 * squares
+        squares = squares + own  # NaN instead of infinity
     copies: Tensor | None = first_copies(points)
     assert copies is not None
     if copies.device.type == "cpu" and bool((copies == torch.arange(problem.n)).all()):

@@ -7,7 +7,8 @@ import logging
 import torch
 from torch import Tensor
 
-from vlmprune.kernels.kcenter.rows import DIRECT_L2_CHANNELS, masked_mean
+from vlmprune.kernels.kcenter.duplicates import first_copies
+from vlmprune.kernels.kcenter.rows import DIRECT_L2_CHANNELS, mark_not_finite, masked_mean, unit_rows
 from vlmprune.kernels.kcenter.types import KCenterResult, Problem
 
 # The state of all tokens of a sample lives in the registers of one program.
@@ -49,7 +50,7 @@ def _launch(problem: Problem, first: Tensor, out: tuple[Tensor, Tensor, Tensor])
 
     from vlmprune.kernels.kcenter import triton_kernels as kernels
 
-    matrix, kind = _matrix(problem)
+    matrix, kind, copies = _matrix(problem)
     counts = problem.counts
     if counts is None:
         counts = torch.full((problem.batch,), problem.width, dtype=torch.int64, device=problem.device)
@@ -60,6 +61,7 @@ def _launch(problem: Problem, first: Tensor, out: tuple[Tensor, Tensor, Tensor])
         matrix,
         problem.available().to(torch.uint8),
         weight,
+        copies,
         preselected.contiguous(),
         first.contiguous(),
         counts.contiguous(),
@@ -77,27 +79,30 @@ def _launch(problem: Problem, first: Tensor, out: tuple[Tensor, Tensor, Tensor])
     )
 
 
-def _matrix(problem: Problem) -> tuple[Tensor, int]:
-    """Matrix that the selection kernel reads, and what it holds."""
+def _matrix(problem: Problem) -> tuple[Tensor, int, Tensor]:
+    """Matrix that the selection kernel reads, what it holds, and the first copy of each row."""
     import triton
 
     from vlmprune.kernels.kcenter import triton_kernels as kernels
 
     if problem.matrix is not None:
         kind = kernels.DISTANCE if problem.kind == "distance" else kernels.SIMILARITY
-        return problem.matrix, kind.value
+        return problem.matrix, kind.value, problem.matrix  # a matrix has no copies to look for
     x = problem.source
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        x = x.float()  # Triton's interpreter multiplies bfloat16 numbers as if they were integers
     n, d = x.shape[1:]
     matrix = torch.empty(problem.batch, n, n, dtype=torch.float32, device=x.device)
     if problem.kind == "l2" and d <= DIRECT_L2_CHANNELS:
-        block = 32
+        x, block = mark_not_finite(x), 32
         tiles = triton.cdiv(n, block)
         kernels.direct_l2_kernel[(tiles, tiles, problem.batch)](
             x, matrix, n, d, *x.stride(), BLOCK_N=block, enable_fp_fusion=True
         )
-        return matrix, kernels.DISTANCE.value
+        return matrix, kernels.DISTANCE.value, matrix
     if problem.kind == "l2":  # centred, for |x|^2 + |y|^2 - 2xy cancels
         x = x.float() - masked_mean(x.float(), problem.valid)
+    copies = first_copies(unit_rows(x.float()) if problem.kind == "cosine" else x)
     block = 64
     tiles = triton.cdiv(n, block)
     kernels.gram_kernel[(tiles, tiles, problem.batch)](
@@ -110,4 +115,4 @@ def _matrix(problem: Problem) -> tuple[Tensor, int]:
         BLOCK_D=32 if x.dtype == torch.float32 else 64,
         enable_fp_fusion=True,
     )
-    return matrix, (kernels.COSINE_GRAM if problem.kind == "cosine" else kernels.L2_GRAM).value
+    return matrix, (kernels.COSINE_GRAM if problem.kind == "cosine" else kernels.L2_GRAM).value, copies

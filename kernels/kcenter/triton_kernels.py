@@ -61,19 +61,24 @@ def _pick_value(values, hit):
 
 
 @triton.jit
-def _update(state, row, hit, square, KIND: tl.constexpr, MAX_SUM: tl.constexpr):
-    """State after the token of lane ``hit`` was taken; ``row`` is its matrix row."""
+def _update(state, row, hit, same, square, KIND: tl.constexpr, MAX_SUM: tl.constexpr):
+    """State after the token of lane ``hit`` was taken; ``row`` is its matrix row.
+
+    ``same`` marks its copies, itself included; ``square`` holds squared norms. Both serve Gram kinds only.
+    """
     if KIND == 0:  # COSINE_GRAM
-        norm = tl.maximum(tl.sqrt(square), 1e-12)
-        own = _pick_value(square, hit)
-        similarity = row / norm / _pick_value(norm, hit)
-        # Equal products mean equal rows: exactly 1, so that copies tie.
-        same = (row == square) & (row == own) & (norm > 1e-12)
-        similarity = tl.where(same, 1.0, similarity)
+        norm = tl.sqrt(square)
+        clamped = tl.maximum(norm, 1e-12)
+        similarity = row / clamped / _pick_value(clamped, hit)
+        share = tl.minimum(norm / 1e-12, 1.0)
+        # A row has cosine 1 to itself, 0 if it is zero, NaN if it is not finite.
+        similarity = tl.where(same, share * share + 0.0 * square, similarity)
         distance = tl.where(similarity > 1.0, 0.0, 1.0 - similarity)
     elif KIND == 1:  # L2_GRAM
+        square += 0.0 * square  # NaN instead of infinity
         distance = square + _pick_value(square, hit) - 2.0 * row
         distance = tl.where(distance < 0.0, 0.0, distance)
+        distance = tl.where(same, 0.0 * square, distance)
         similarity = 1.0 - distance
     elif KIND == 2:  # DISTANCE
         distance = row
@@ -94,6 +99,7 @@ def select_kernel(
     matrix,  # [B, N, N] with strides
     available,  # uint8 [B, N]: valid and not preselected
     weight,  # float32 [B, N], read if HAS_WEIGHT
+    copies,  # int64 [B, N]: first equal row, read for Gram kinds
     preselected,  # int64 [B, P], -1 for an empty slot
     first,  # int64 [B], -1 for the ordinary rule
     counts,  # int64 [B]
@@ -116,22 +122,28 @@ def select_kernel(
     token = tl.arange(0, BLOCK)
     inside = token < n
     base = matrix + sample * stride_b
-    column = token.to(tl.int64) * stride_column
+    copy = token.to(tl.int64)
+    if KIND < 2:
+        # Copies share one row and one column of the matrix, so that rounding cannot tell them apart.
+        copy = tl.load(copies + sample * n + token, mask=inside, other=0)
+    column = copy * stride_column
     free = tl.load(available + sample * n + token, mask=inside, other=0) != 0
     square = tl.zeros((BLOCK,), dtype=tl.float32)
     if KIND < 2:
-        square = tl.load(base + token.to(tl.int64) * stride_row + column, mask=inside, other=1.0)
+        square = tl.load(base + copy * stride_row + column, mask=inside, other=1.0)
     factor = tl.zeros((BLOCK,), dtype=tl.float32)
     if HAS_WEIGHT:
-        factor = tl.load(weight + sample * n + token, mask=inside, other=0.0)
+        factor = tl.load(weight + sample * n + token, mask=inside, other=1.0)
     state = tl.zeros((BLOCK,), dtype=tl.float32)
     if not MAX_SUM:
         state += float("inf")
 
     for slot in range(n_preselected):
         j = tl.load(preselected + sample * n_preselected + slot)
-        row = tl.load(base + tl.maximum(j, 0) * stride_row + column, mask=inside, other=0.0)
-        updated = _update(state, row.to(tl.float32), token == j, square, KIND, MAX_SUM)
+        hit = token == tl.maximum(j, 0)
+        source = tl.sum(tl.where(hit, copy, 0), axis=0)
+        row = tl.load(base + source * stride_row + column, mask=inside, other=0.0)
+        updated = _update(state, row.to(tl.float32), hit, copy == source, square, KIND, MAX_SUM)
         state = tl.where(j >= 0, updated, state)
 
     rounds = tl.minimum(tl.load(counts + sample), tl.sum(free.to(tl.int32), axis=0).to(tl.int64))
@@ -159,6 +171,7 @@ def select_kernel(
         tl.store(indices + sample * width + step, j)
         tl.store(radius + sample * width + step, _pick_value(state, hit))
         free = free & (token != j)
-        row = tl.load(base + j * stride_row + column, mask=inside, other=0.0)
-        state = _update(state, row.to(tl.float32), hit, square, KIND, MAX_SUM)
+        source = tl.sum(tl.where(hit, copy, 0), axis=0)
+        row = tl.load(base + source * stride_row + column, mask=inside, other=0.0)
+        state = _update(state, row.to(tl.float32), hit, copy == source, square, KIND, MAX_SUM)
     tl.store(final + sample * n + token, state, mask=inside)

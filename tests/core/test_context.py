@@ -88,7 +88,7 @@ def test_view_groups_hold_every_view_once(items: Any, keep: int) -> None:
                 seen[item, token] = seen.get((item, token), 0) + 1
     assert len(keys) == len(set(keys))  # one batched call per grid and budget
     # Every candidate belongs to one view, no pinned token to any.
-    assert seen == {(i, t): 1 for i, t in context.candidates.nonzero().tolist()}
+    assert seen == dict.fromkeys(map(tuple, context.candidates.nonzero().tolist()), 1)
 
 
 @PROPERTY

@@ -25,7 +25,7 @@ LAYERS = (
     ("vlmprune.core",),
     ("vlmprune.policies",),
     ("vlmprune.adapters",),
-    ("vlmprune.api", "vlmprune.plot", "vlmprune.embedded"),
+    ("vlmprune.api", "vlmprune.embedded", "vlmprune.loading", "vlmprune.plot"),
     ("vlmprune.evaluation",),
     ("vlmprune.demos",),
     ("vlmprune.cli",),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from vlmprune.core.budget import Budget
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
@@ -109,7 +110,11 @@ def post_encoder(
 
 
 def decoder(
-    lengths: Sequence[int], layer: int, signals: Mapping[Signal, Any], info: ModelInfo = LLAVA, keep: Any = 1.0
+    lengths: Sequence[int],
+    layer: int,
+    signals: Mapping[Signal, Any],
+    info: ModelInfo = LLAVA,
+    keep: Any = 1.0,
 ) -> Context:
     """A context before a decoder layer, one image per sample."""
     valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -131,18 +136,23 @@ def decoder(
 def random_signals(
     policy: Policy, views: Sequence[tuple[View, ...]], info: ModelInfo = LLAVA, seed: int = 0
 ) -> dict[Signal, list[Tensor]]:
-    """Random values for all that a policy asks for after the encoder; item i's depend on ``seed + i`` only."""
+    """Random values of all that a policy asks for after the encoder; item i's depend on ``seed + i`` only."""
     signals: dict[Signal, list[Tensor]] = {}
     for request in policy.requests(info):
         if request.site != Site.POST_ENCODER:
             continue
         for number, signal in enumerate(request.signals):
-            shape = (WIDTH,) if isinstance(signal, Projected) else ()
             signals[signal] = [
-                torch.rand(n_tokens(item), *shape, generator=torch.Generator().manual_seed(97 * (seed + i) + number))
+                _random(signal, n_tokens(item), torch.Generator().manual_seed(97 * (seed + i) + number))
                 for i, item in enumerate(views)
             ]
     return signals
+
+
+def _random(signal: Signal, n: int, generator: torch.Generator) -> Tensor:
+    if isinstance(signal, Projected):
+        return torch.randn(n, WIDTH, generator=generator)
+    return torch.rand(n, generator=generator)
 
 
 def kept_tokens(selection: Selection) -> list[list[int]]:

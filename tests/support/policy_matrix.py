@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-# Name -> parameter sets. They reduce something on every model that can run the policy, down to 4 decoder layers.
+# Name -> parameter sets. They reduce something on every model that runs the policy, from 4 decoder layers on.
 MATRIX: dict[str, tuple[dict[str, Any], ...]] = {
     "downsample": ({"keep": 0.25}, {"factor": 3.0, "jpeg": True}),
     "grid": ({"keep": 0.3}, {"keep": 4}),

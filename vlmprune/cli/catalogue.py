@@ -52,12 +52,16 @@ def sites_of(cls: type[Policy]) -> list[str]:
     try:
         used = {request.site for request in cls(keep=0.5).requests(REFERENCE)}
     except (VlmpruneError, NotImplementedError):  # needs a calibration, a list of budgets, ...
-        used = {site for site in Site if hasattr(cls, f"select_{site.value}") or getattr(cls, "site", None) == site}
+        used = {
+            site
+            for site in Site
+            if hasattr(cls, f"select_{site.value}") or getattr(cls, "site", None) == site
+        }
     return [site.value for site in Site if site in used]
 
 
 def parameter_facts(cls: type[Policy]) -> list[dict[str, Any]]:
-    """Name, type, default and description of every parameter: the budget, the policy's own, those of all policies."""
+    """Name, type, default and text of every parameter: the budget, the policy's own, then common ones."""
     docs = parameter_docs(cls)
     rows = [
         {"name": f.name, "type": _type_text(f.type), "default": _default(f), "doc": docs.get(f.name, "")}

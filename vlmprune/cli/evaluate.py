@@ -17,6 +17,7 @@ from vlmprune.cli.options import (
     build_policy,
     load,
     parse_parameters,
+    quiet,
 )
 from vlmprune.cli.output import print_error, print_text
 from vlmprune.core.errors import InputError
@@ -31,7 +32,8 @@ def evaluate(
         list[str] | None, typer.Option("--policy", help="Policies, separated by commas; may be repeated.")
     ] = None,
     keep: Annotated[
-        list[str] | None, typer.Option("--keep", help="Budget as in `run`; may be repeated.", show_default="0.33")
+        list[str] | None,
+        typer.Option("--keep", help="Budget as in `run`; may be repeated.", show_default="0.33"),
     ] = None,
     param: ParamOption = None,
     tasks: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "scenes",
@@ -88,8 +90,14 @@ def quickstart(
 ) -> None:
     """Ask and evaluate the embedded model, dense and pruned; writes a table and overlays."""
     from vlmprune.evaluation.quickstart import quickstart as run_quickstart
+    from vlmprune.evaluation.runner import CellsFailed
 
-    run_quickstart(output)
+    quiet()
+    try:
+        run_quickstart(output)
+    except CellsFailed as error:
+        print_error(str(error))
+        raise typer.Exit(1) from None
 
 
 def tasks_dir(
@@ -116,5 +124,7 @@ def build_policies(names: list[str], keeps: list[str] | list[None], param: list[
     if not chosen:
         raise InputError("No policy was given; `vlmprune list` names them.")
     if parameters and len(chosen) > 1:
-        raise InputError("--param goes with a single policy; evaluate them one after the other, or use config files.")
+        raise InputError(
+            "--param goes with a single policy; evaluate them one after the other, or use config files."
+        )
     return [build_policy(name, keep, parameters) for name in chosen for keep in keeps]

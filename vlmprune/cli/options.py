@@ -15,7 +15,8 @@ DEFAULT_KEEP = "0.33"
 
 ModelOption = Annotated[str, typer.Option("--model", help="tiny-llava, a local folder, or a hub id.")]
 PolicyOption = Annotated[
-    str, typer.Option("--policy", help="A policy (see `vlmprune list`), several joined by '+', or a config file.")
+    str,
+    typer.Option("--policy", help="A policy (see `vlmprune list`), several joined by '+', or a config file."),
 ]
 KeepOption = Annotated[
     str | None,
@@ -30,7 +31,9 @@ ParamOption = Annotated[
     list[str] | None, typer.Option("--param", help="A parameter of the policy as key=value; may be repeated.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 
 
@@ -38,7 +41,7 @@ def build_policy(name: str, keep: str | None = None, parameters: dict[str, Any] 
     """A policy from the command line.
 
     Args:
-        name: a registered name, names joined by ``+`` (a composition, with one budget each), or a config file.
+        name: a registered name, names joined by ``+`` (a composition, one budget each), or a config file.
         keep: budget as text; None takes the file's, else ``DEFAULT_KEEP``.
         parameters: hyper-parameters, for a single name only.
 
@@ -86,7 +89,6 @@ def load(name: str, dtype: str | None = None, device: str = "auto") -> tuple[Any
         InputError: there is no such model or device.
     """
     import torch
-    import transformers
 
     from vlmprune.loading import load_model
 
@@ -98,6 +100,13 @@ def load(name: str, dtype: str | None = None, device: str = "auto") -> tuple[Any
         raise InputError(f"Unknown device {device!r}; give auto, cpu or cuda.") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError("There is no CUDA device here; give --device cpu.")
+    quiet()
+    return load_model(name, dtype, device)
+
+
+def quiet() -> None:
+    """Keep progress bars and notes of transformers off standard error."""
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return load_model(name, dtype, device)

@@ -38,9 +38,12 @@ def run(
     keep: KeepOption = None,
     param: ParamOption = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also run the dense model.")] = False,
-    overlay: Annotated[Path | None, typer.Option("--overlay", help="Write a picture of the kept tokens here.")] = None,
+    overlay: Annotated[
+        Path | None, typer.Option("--overlay", help="Write a picture of the kept tokens here.")
+    ] = None,
     raw_prompt: Annotated[
-        bool, typer.Option("--raw-prompt", help="Pass the prompt as it is; it must hold the image placeholder.")
+        bool,
+        typer.Option("--raw-prompt", help="Pass the prompt as it is; it must hold the image placeholder."),
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; medians are printed.")] = 3,
@@ -77,7 +80,9 @@ def run(
         _save(result.overlay, overlay)
     if as_json:
         setting = {"model": model, "image": str(image), "prompt": text, "policy": to_dict(chosen)}
-        print_json({**setting, **_result_facts(result, vlm), "overlay": None if overlay is None else str(overlay)})
+        print_json(
+            {**setting, **_result_facts(result, vlm), "overlay": None if overlay is None else str(overlay)}
+        )
     else:
         _print_result(result, overlay)
 
@@ -139,7 +144,7 @@ def _print_result(result: Comparison, overlay: Path | None) -> None:
 
 
 def token_map(report: Report, sample: int = 0, image_index: int = 0) -> str:
-    """Kept (``#``) and dropped (``.``) tokens of an image in rows of text; empty for images with several views."""
+    """Kept (``#``) and dropped (``.``) tokens of an image as text; empty for images with several views."""
     views = [record.views for record in report.images if record.sample == sample][image_index]
     if len(views) != 1:
         return ""

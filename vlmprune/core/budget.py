@@ -96,6 +96,11 @@ class Budget:
             return all(part.is_all for part in self.parts)
         return self.share == 1.0 or self.flops == 1.0
 
+    @property
+    def has_flops(self) -> bool:
+        """True if this budget, or any of its parts, is a FLOP share."""
+        return self.flops is not None or any(part.has_flops for part in self.parts or ())
+
     def part(self, index: int) -> Budget:
         """The budget of stage, layer, policy or image ``index``; a single budget serves all of them.
 

@@ -108,7 +108,7 @@ def compose(policies: Sequence[Policy]) -> Policy:
     return registry.create("compose", policies=tuple(policies))
 
 
-def resolve(policy: str | Policy | Path | Sequence[Any] | Mapping[str, Any], **parameters: Any) -> Policy:
+def resolve(policy: str | Policy | Path | Sequence[Any] | Mapping[str, Any], /, **parameters: Any) -> Policy:
     """A policy from whatever ``apply`` takes: a name, a policy, a config path or dict, or a list of these.
 
     Args:

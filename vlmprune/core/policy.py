@@ -56,6 +56,7 @@ class Policy:
     basis: ClassVar[Basis] = "site"
     default_positions: ClassVar[Positions] = "compact"
     is_wrapper: ClassVar[bool] = False
+    takes_flops: ClassVar[bool] = False
 
     keep: Any = field(default=1.0, kw_only=True)
     positions: Positions = field(default="auto", kw_only=True)
@@ -122,11 +123,14 @@ class Policy:
         return "keep" if info.mrope else (source or self.default_positions)
 
     def check_count(self, info: ModelInfo) -> None:
-        """Refuse a number of tokens above what the model has.
+        """Refuse a budget that this policy cannot meet on a model.
 
         Raises:
-            BudgetError: an absolute budget exceeds the fixed number of tokens per image.
+            BudgetError: a number of tokens above the fixed number per image, or a FLOP share for a policy that
+                does not take one.
         """
+        if not self.takes_flops and self.budget.has_flops:
+            raise BudgetError(f"{self.name!r} takes a share or a number of tokens, not {self.budget}.")
         check_tokens(self.budget, info)
 
 

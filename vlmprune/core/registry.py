@@ -104,7 +104,7 @@ class Registry:
         except KeyError:
             raise InputError(f"Unknown policy {name!r}.{suggest(name, list(self._classes))}") from None
 
-    def create(self, name: str, **parameters: Any) -> Policy:
+    def create(self, name: str, /, **parameters: Any) -> Policy:
         """An instance of policy ``name``.
 
         Raises:

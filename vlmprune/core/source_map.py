@@ -58,7 +58,8 @@ class SourceMap:
 
     def compose(self, later: SourceMap) -> SourceMap:
         """The map of this reduction followed by ``later``."""
-        return SourceMap(later.weights @ self.weights.to(later.weights.dtype))
+        dtype = torch.promote_types(self.weights.dtype, later.weights.dtype)
+        return SourceMap(later.weights.to(dtype) @ self.weights.to(dtype))
 
     def kept(self) -> Tensor:
         """``[I, N]`` bool: inputs that some output stands for."""

@@ -1,7 +1,7 @@
 """Small trained models, their data generators and their training.
 
-`load_embedded("tiny-llava")` gives a LLaVA of 2.7 million parameters that answers questions about synthetic scenes
-and easy-VQA; its files, training facts and curve lie in `assets/tiny-llava`.
+`load_embedded("tiny-llava")` gives a LLaVA of 2.7 million parameters that answers questions about synthetic
+scenes and easy-VQA; its files, training facts and curve lie in `assets/tiny-llava`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def model_path(name: str = "tiny-llava") -> Path:
     """
     if name not in _MODELS:
         near = difflib.get_close_matches(name, _MODELS, n=1, cutoff=0.0)
-        raise _input_error(f"unknown embedded model {name!r}; did you mean {near[0]!r}? Known: {', '.join(_MODELS)}")
+        raise _input_error(
+            f"unknown embedded model {name!r}; did you mean {near[0]!r}? Known: {', '.join(_MODELS)}"
+        )
     return Path(__file__).parent / "assets" / name
 
 

@@ -80,7 +80,7 @@ def image_facts(questions: list[tuple[str, str]]) -> tuple[str | None, str | Non
 
 
 def object_mask(image: np.ndarray, threshold: int = 24) -> np.ndarray:
-    """Pixels that differ from the flat background, bool `[H, W]`; the background is the commonest border colour.
+    """Pixels that differ from the flat background, bool `[H, W]`; the background is the median border colour.
 
     Args:
         image: uint8 `[H, W, 3]`.
@@ -94,7 +94,7 @@ def object_mask(image: np.ndarray, threshold: int = 24) -> np.ndarray:
 def write_parquet(path: Path, split: str = "test") -> Path:
     """Write a split as one parquet with an `image` column that `datasets` decodes (needs pyarrow).
 
-    Columns: `image` (struct of `bytes` and `path`), `image_id`, `question`, `answer`. The file appears atomically.
+    Columns: `image` (struct of `bytes` and `path`), `image_id`, `question`, `answer`. Written atomically.
 
     Raises:
         ImportError: pyarrow is not installed.

@@ -28,14 +28,14 @@ def export_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor
     """Replace the checkpoint files in `target`, each atomically; other files there stay.
 
     Args:
-        model: weights in any dtype; stored as float32.
+        model: weights in any dtype; stored as bfloat16, loaded as float32 unless told otherwise.
         processor: from `build_processor`.
         target: folder, created where missing.
     """
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         source = Path(folder)
-        model.to(torch.float32).save_pretrained(source)
+        model.to(torch.bfloat16).save_pretrained(source)
         _rename_tower(source / "model.safetensors")
         processor.tokenizer.backend_tokenizer.save(str(source / "tokenizer.json"))
         _patch_config(source / "config.json")
@@ -50,7 +50,10 @@ def _rename_tower(path: Path) -> None:
     """Store tower weights under the name of 4.57, which 5.x maps to its own."""
     old, new = "vision_tower.", "vision_tower.vision_model."
     weights = load_file(path)
-    named = {k if k.startswith(new) or not k.startswith(old) else new + k[len(old) :]: v for k, v in weights.items()}
+    named = {
+        k if k.startswith(new) or not k.startswith(old) else new + k[len(old) :]: v
+        for k, v in weights.items()
+    }
     save_file(named, path, metadata={"format": "pt"})
 
 
@@ -61,6 +64,7 @@ def _patch_config(path: Path) -> None:
     config["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     config["text_config"]["bos_token_id"], config["text_config"]["eos_token_id"] = BOS_ID, EOS_ID
     config["tie_word_embeddings"] = True
+    config["dtype"] = "float32"
     path.write_text(_json(config))
 
 

@@ -1,13 +1,15 @@
 """Fast functional decoder pass for training: one visual prefix, many question branches.
 
-All branches of an image see its prefix but not each other, and their positions restart after the prefix, so ten
-questions cost one prefix. Reads the parameters of the stock Llama modules; `tests/embedded` checks it against them.
+All branches of an image see its prefix but not each other, and their positions restart after the prefix, so
+ten questions cost one prefix. Reads the parameters of the stock Llama modules; `tests/embedded` checks it
+against them.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +71,9 @@ def decode(
         q_branch, k_branch, v_branch = (
             t[:, :, n_prefix:].reshape(batch, heads, n_branch, length, head_dim) for t in (q, k, v)
         )
-        to_prefix = (q_branch.flatten(2, 3) @ k_prefix.transpose(2, 3)).view(batch, heads, n_branch, length, n_prefix)
+        to_prefix = (q_branch.flatten(2, 3) @ k_prefix.transpose(2, 3)).view(
+            batch, heads, n_branch, length, n_prefix
+        )
         to_own = q_branch @ k_branch.transpose(3, 4) + branch_mask
         weights = torch.softmax(torch.cat([to_prefix, to_own], dim=-1), dim=-1)
         on_prefix, on_own = weights[..., :n_prefix], weights[..., n_prefix:]
@@ -101,5 +105,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + turned * sin
 
 
+class _RmsNorm(torch.autograd.Function):
+    """RMS norm whose backward recomputes nothing: less memory traffic than the composed operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        unit = x * inverse
+        ctx.save_for_backward(unit, inverse, weight)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        unit, inverse, weight = ctx.saved_tensors
+        product = grad * unit
+        grad_weight = product.flatten(0, -2).sum(0)
+        inner = (product @ weight)[..., None] / unit.shape[-1]
+        return (grad * weight).addcmul_(unit, inner, value=-1.0).mul_(inverse), grad_weight, None
+
+
 def _rms(x: Tensor, norm: nn.Module) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight
+    return _RmsNorm.apply(x, norm.weight, norm.variance_epsilon)

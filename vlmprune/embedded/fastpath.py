@@ -1,8 +1,8 @@
 """Fast functional forward passes that read the parameters of the stock transformers modules.
 
-They exist for training on a CPU: bf16 matrix products, float32 residual stream, plain softmax attention (faster
-there than the fused kernel's backward), and only the tokens that are needed. `tests/embedded` checks them against
-the stock modules.
+They exist for training on a CPU: bf16 matrix products, float32 residual stream, plain softmax attention
+(faster there than the fused kernel's backward), and only the tokens that are needed. `tests/embedded` checks
+them against the stock modules.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ CENTRE = 128.0
 
 
 def patchify(images: Tensor) -> Tensor:
-    """Cut uint8 `[B, 224, 224, 3]` into uint8 patches `[B, 196, 768]`, in the order of the patch embedding."""
+    """Cut uint8 `[B, 224, 224, 3]` into patches `[B, 196, 768]`, in the order of the patch embedding."""
     batch = images.shape[0]
     cut = images.reshape(batch, GRID, PATCH_SIZE, GRID, PATCH_SIZE, 3)
     return cut.permute(0, 1, 3, 5, 2, 4).reshape(batch, GRID * GRID, -1)
 
 
 def embed_patches(tower: nn.Module, patches: Tensor, dtype: torch.dtype) -> Tensor:
-    """Patch embedding of raw pixels: CLIP's normalisation is folded into weight and bias. `[B, P, 768]` -> float32."""
+    """Patch embedding of raw pixels `[B, P, 768]`: CLIP's normalisation is folded into weight and bias."""
     weight = tower.embeddings.patch_embedding.weight  # [C, 3, 16, 16]
     mean = torch.tensor(PIXEL_MEAN, device=weight.device).view(1, 3, 1, 1)
     std = torch.tensor(PIXEL_STD, device=weight.device).view(1, 3, 1, 1)
@@ -65,7 +65,7 @@ def tower_features(
 
 
 def tower_pooled(tower: nn.Module, features: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """`pooler_output` from the features: the last block for the CLS query only. `[B, 1 + P, C]` -> `[B, C]`."""
+    """`pooler_output` `[B, C]` from the features `[B, 1 + P, C]`: the last block for the CLS query only."""
     cls = _clip_block(tower.encoder.layers[-1], features[:, :1], features, dtype)
     return _layer_norm(cls[:, 0], tower.post_layernorm)
 
@@ -83,7 +83,11 @@ def _clip_block(layer: nn.Module, x: Tensor, context: Tensor, dtype: torch.dtype
     heads, head_dim = attention.num_heads, width // attention.num_heads
     normed = _layer_norm(context, layer.layer_norm1).to(dtype)
     scale = 1 / math.sqrt(head_dim)
-    q = _linear(normed[:, :length], attention.q_proj, dtype).view(batch, length, heads, head_dim).transpose(1, 2)
+    q = (
+        _linear(normed[:, :length], attention.q_proj, dtype)
+        .view(batch, length, heads, head_dim)
+        .transpose(1, 2)
+    )
     k = _linear(normed, attention.k_proj, dtype).view(batch, -1, heads, head_dim).transpose(1, 2)
     v = _linear(normed, attention.v_proj, dtype).view(batch, -1, heads, head_dim).transpose(1, 2)
     weights = torch.softmax((q * scale) @ k.transpose(2, 3), dim=-1)

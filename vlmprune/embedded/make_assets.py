@@ -21,8 +21,8 @@ JPEG_QUALITY = 88
 TRAIN_DIGITS_PER_CLASS = 420
 SKIMAGE_PHOTOS = {
     "train": (
-        "astronaut.png", "rocket.jpg", "motorcycle_left.png", "ihc.png", "retina.jpg", "hubble_deep_field.jpg",
-        "grass.png", "brick.png", "page.png", "camera.png", "coins.png",
+        "astronaut.png", "rocket.jpg", "ihc.png", "retina.jpg", "hubble_deep_field.jpg",
+        "grass.png", "brick.png", "camera.png", "coins.png",
     ),
     "test": ("chelsea.png", "coffee.png", "gravel.png"),
 }  # fmt: skip
@@ -79,7 +79,9 @@ def write_easy_vqa(path: Path, split: str) -> None:
     questions = easy_vqa.get_train_questions() if split == "train" else easy_vqa.get_test_questions()
     with zipfile.ZipFile(path, "w") as archive:
         rows = [list(row) for row in zip(*questions, strict=True)]
-        _write(archive, "questions.json", json.dumps(rows, separators=(",", ":")).encode(), zipfile.ZIP_DEFLATED)
+        _write(
+            archive, "questions.json", json.dumps(rows, separators=(",", ":")).encode(), zipfile.ZIP_DEFLATED
+        )
         for image_id in sorted(files):
             buffer = io.BytesIO()
             Image.open(files[image_id]).convert("RGB").save(buffer, "PNG", optimize=True)

@@ -25,7 +25,7 @@ FINAL_NORM = 0.12
 
 
 def build_config() -> LlavaConfig:
-    """Config of `tiny-llava`: CLIP tower of 6 blocks (196 patches), two-layer projector, Llama of 6 layers."""
+    """Config of `tiny-llava`: CLIP tower of 6 blocks, 196 patches, two-layer projector, Llama of 6 layers."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     vision = CLIPVisionConfig(
@@ -82,7 +82,7 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
 
 
 def vision_tower(model: LlavaForConditionalGeneration) -> nn.Module:
-    """The module with `embeddings`, `pre_layrnorm`, `encoder`, `post_layernorm`, in old and new transformers."""
+    """The module with `embeddings`, `encoder` and the norms, in old and new transformers."""
     tower = model.model.vision_tower
     return getattr(tower, "vision_model", tower)
 

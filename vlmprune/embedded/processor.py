@@ -19,7 +19,8 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 ROLES = ("USER:", "ASSISTANT:")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' }}{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}"
     "{% else %}{{ raise_exception('tiny-llava knows the roles user and assistant only') }}{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for item in message['content'] if item['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
@@ -38,7 +39,16 @@ def prompt(question: str, instruction: str = "") -> str:
 
 def build_tokenizer() -> Tokenizer:
     """Byte-level BPE trained on generated questions; every answer with its leading space is one token."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()

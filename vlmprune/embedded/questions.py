@@ -1,7 +1,7 @@
 """Questions about a scene, with the answer and the objects that decide it.
 
-Families: shape, colour, digit, digit_colour, side, count, exist, relation. A question is only asked where its answer
-follows from the object list without doubt (a unique colour, a unique shape, a clear distance).
+Families: shape, colour, digit, digit_colour, side, count, exist, relation. A question is only asked where its
+answer follows from the object list without doubt (a unique colour, a unique shape, a clear distance).
 """
 
 from __future__ import annotations
@@ -183,7 +183,9 @@ def _ask_exist(rng: np.random.Generator, scene: Scene) -> Question | None:
         colour, kind = _pick(rng, absent)
     hits = tuple(i for i, o in enumerate(scene.objects) if _name(o) == (colour, kind))
     thing = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {kind}"
-    text = _pick(rng, ("is there {}?", "is there {} in the image?", "does the image contain {}?")).format(thing)
+    text = _pick(rng, ("is there {}?", "is there {} in the image?", "does the image contain {}?")).format(
+        thing
+    )
     return Question("exist", text, "yes" if hits else "no", hits, hits)
 
 
@@ -221,5 +223,6 @@ _ASK: dict[str, Callable[[np.random.Generator, Scene], Question | None]] = {
     "relation": _ask_relation,
 }
 ANSWERS = (
-    *SHAPES, *COLOURS, "gray", "teal", "brown", *map(str, range(10)), "yes", "no", "left", "right", "top", "bottom",
+    *SHAPES, *COLOURS, "gray", "teal", "brown", *map(str, range(10)), "yes", "no",
+    "left", "right", "top", "bottom",
 )  # fmt: skip

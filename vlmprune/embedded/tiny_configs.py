@@ -46,7 +46,7 @@ def random_llava(
         heads: attention heads of tower and decoder.
         kv_heads: key/value heads of the decoder; None means as many as `heads`.
         image_size: side of the square input in pixels.
-        patch_size: side of a patch in pixels; the image becomes `(image_size / patch_size) ** 2` visual tokens.
+        patch_size: side of a patch in pixels; it makes `(image_size / patch_size) ** 2` visual tokens.
         vocab_size: size of the vocabulary; ids 0, 1, 2 and 5 are pad, bos, eos and image placeholder.
         seed: seed of the weights; the caller's global generator is left as it was.
         dtype: dtype of the weights.
@@ -62,7 +62,9 @@ def random_llava(
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     if image_size % patch_size:
-        raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}; choose one that is")
+        raise ValueError(
+            f"image_size {image_size} is not a multiple of patch_size {patch_size}; choose one that is"
+        )
     config = LlavaConfig(
         vision_config=_vision_config(vision, vision_depth, hidden, heads, image_size, patch_size),
         text_config=_text_config(text, text_layers, hidden, heads, kv_heads or heads, vocab_size),
@@ -99,7 +101,8 @@ def random_inputs(
         seed: seed of pixels and text ids.
 
     Returns:
-        `input_ids` and `attention_mask` `[B, before + N + after]`, `pixel_values` `[B, 3, S, S]` in the model's dtype.
+        `input_ids` and `attention_mask` `[B, before + N + after]`; `pixel_values` `[B, 3, S, S]` in the
+        model's dtype.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
@@ -120,14 +123,14 @@ def random_inputs(
 def _vision_config(name: str, depth: int, hidden: int, heads: int, image_size: int, patch_size: int) -> Any:
     from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-    sizes = dict(
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        image_size=image_size,
-        patch_size=patch_size,
-    )
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
     if name == "clip":
         return CLIPVisionConfig(**sizes, projection_dim=hidden)
     if name == "siglip":

@@ -26,8 +26,8 @@ class Grid(SetPolicy):
 
     Args:
         keep: K = floor(share * N), or a number of tokens per image. ``h = round(sqrt(K H / W))`` and ``w = K
-            // h``, at most H and W: the nearest grid of the same shape with at most K tokens, so fewer than K
-            may stay. (For K = 1 on a view several times as high as wide, h may exceed 1.)
+            // h``, at least 1 and at most H and W: the nearest grid of the same shape, so fewer than K may stay.
+            (For a K below about H / W, on a view several times as high as wide, h tokens stay, which is more.)
 
     Cost: no FLOPs.
 
@@ -49,8 +49,6 @@ class Grid(SetPolicy):
 def grid_shape(height: int, width: int, count: int) -> tuple[int, int]:
     """Rows and columns of the sub-grid for a budget of ``count`` tokens on a ``height`` x ``width`` grid."""
     rows = min(height, max(1, round(math.sqrt(count * height / width))))
-    if count > 1:
-        rows = min(rows, count)  # a very high, narrow grid
     return rows, min(width, max(1, count // rows))
 
 

@@ -155,8 +155,13 @@ class ToDRE(Policy):
         return not self.budget.is_all and self.resolved_pivot(info) == "random"
 
     def selection_flops(self, info: ModelInfo, n_tokens: int, n_kept: int) -> float | None:
-        """Stage 1: unit vectors and one product with all tokens per pick."""
-        return None if info.text_hidden is None else float((2 * n_kept + 3) * n_tokens * info.text_hidden)
+        """Stage 1's: unit vectors, and one product with all tokens per pick.
+
+        None for stage 2, which keeps all or nothing and whose cost depends on the prompt.
+        """
+        if info.text_hidden is None or n_kept in (0, n_tokens):
+            return None
+        return float((2 * n_kept + 3) * n_tokens * info.text_hidden)
 
     def order(self, context: Context) -> Tensor:
         """Stage 1's tokens ``[I, K]`` in the order in which they are picked, -1 fill."""

@@ -47,7 +47,8 @@ def family(answer: str) -> str:
 
 
 def _draw(seed: int, total: int, limit: int) -> list[int]:
-    # The published order has about ten questions per picture in a row: the first few hundred would be few pictures.
+    # The published order has about ten questions per picture in a row: the first few hundred would be few
+    # pictures.
     return sorted(np.random.default_rng(seed).permutation(total)[:limit].tolist())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 logger = logging.getLogger("vlmprune.embedded.train")
 
@@ -23,7 +23,7 @@ class StageSettings:
     """How long and with which step size a stage trains.
 
     Attributes:
-        minutes: wall-clock budget; the cosine schedule follows elapsed time, so a slow machine does fewer steps.
+        minutes: wall-clock budget; the schedule follows elapsed time, so a slow machine does fewer steps.
         batch: images per rank and step.
         lr: peak learning rate of AdamW.
         warmup: steps of linear warm-up.
@@ -156,12 +156,6 @@ def start_rank(rank: int, world: int, out: Path) -> None:
         # A session of its own: the kernel's autogroup scheduling else gives all ranks one process's share.
         os.setsid()
         rendezvous = out / "rendezvous"
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous.resolve()}", rank=rank, world_size=world)
-
-
-def mean_over_ranks(values: Tensor, world: int) -> Tensor:
-    """Average a small tensor of metrics over the ranks."""
-    if world > 1:
-        dist.all_reduce(values)
-        values = values / world
-    return values
+        dist.init_process_group(
+            "gloo", init_method=f"file://{rendezvous.resolve()}", rank=rank, world_size=world
+        )

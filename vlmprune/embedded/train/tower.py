@@ -1,7 +1,7 @@
 """Stage 1: train the vision tower with dense patch labels, and the CLS token with image-level labels.
 
-The heads are thrown away afterwards. Without the image-level labels CLS attention would be untrained, and policies
-that rank by it would have nothing to rank by.
+The heads are thrown away afterwards. Without the image-level labels CLS attention would be untrained, and
+policies that rank by it would have nothing to rank by.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from ..bank import SHAPES
-from ..easyvqa import EASY_COLOURS, EasyVQA, image_facts, load_easy_vqa, object_mask
+from ..easyvqa import load_easy_vqa
 from ..fastpath import patchify, tower_features, tower_pooled
-from ..model import VISION_DEPTH, WIDTH, build_model, vision_tower
-from ..scenes import COLOURS, GRID, HELD_OUT, IMAGE_SIZE, KINDS, PATCH_SIZE, Scene, SceneSettings, generate_scene
+from ..model import WIDTH, build_model, vision_tower
+from ..scenes import (
+    GRID,
+    HELD_OUT,
+    IMAGE_SIZE,
+    SceneSettings,
+    generate_scene,
+)
 from .common import (
     Clock,
     FlatParameters,
@@ -28,15 +33,10 @@ from .common import (
     learning_rate,
     load_checkpoint,
     logger,
-    mean_over_ranks,
     save_checkpoint,
 )
+from .labels import IGNORE, N_COLOURS, N_KINDS, N_PRESENCE, EasyPictures, Labels
 
-ALL_COLOURS = (*COLOURS, *(c for c in EASY_COLOURS if c not in COLOURS))
-N_KINDS = len(SHAPES) + 10  # shapes, then digits; the class after the last is background
-N_COLOURS = len(ALL_COLOURS)
-N_PRESENCE = N_COLOURS * len(KINDS) + 10
-IGNORE = -100
 EASY_SHARE = 0.1
 STAGE_SEED = 11
 
@@ -54,80 +54,6 @@ class TowerHeads(nn.Module):
         """`[B, P, C]` -> kind, colour, centre `[B, P]` and xy logits."""
         out = self.patch(self.norm(patches))
         return tuple(out.split([N_KINDS + 1, N_COLOURS + 1, 1, 2], dim=-1))
-
-
-class Labels:
-    """Arrays of one batch, filled image by image."""
-
-    def __init__(self, batch: int) -> None:
-        patches = GRID * GRID
-        self.kind = np.full((batch, patches), N_KINDS, dtype=np.int64)
-        self.colour = np.full((batch, patches), N_COLOURS, dtype=np.int64)
-        self.centre = np.zeros((batch, patches), dtype=np.float32)
-        self.xy = np.zeros((batch, patches, 2), dtype=np.float32)
-        self.presence = np.zeros((batch, N_PRESENCE), dtype=np.float32)
-        self.presence_known = np.ones(batch, dtype=np.float32)
-
-    def fill_scene(self, row: int, scene: Scene) -> None:
-        """Labels of one scene; index -1 of the lookup tables is the background."""
-        kinds, colours, centres = [], [], []
-        for item in scene.objects:
-            kinds.append(SHAPES.index(item.kind) if item.digit is None else len(SHAPES) + item.digit)
-            colours.append(ALL_COLOURS.index(item.colour))
-            centres.append(item.centre)
-            self.presence[row, colours[-1] * len(KINDS) + KINDS.index(item.kind)] = 1
-            if item.digit is not None:
-                self.presence[row, N_COLOURS * len(KINDS) + item.digit] = 1
-            x, y = (int(c) // PATCH_SIZE for c in item.centre)
-            self.centre[row, y * GRID + x] = 1
-        owner = scene.patch_object.reshape(-1)
-        self.kind[row] = np.asarray([*kinds, N_KINDS])[owner]
-        self.colour[row] = np.asarray([*colours, N_COLOURS])[owner]
-        table = np.asarray([*centres, (IMAGE_SIZE / 2, IMAGE_SIZE / 2)], dtype=np.float32)
-        self.xy[row] = table[owner] / (IMAGE_SIZE / 2) - 1
-
-    def fill_easy(self, row: int, image: np.ndarray, shape: str | None, colour: str | None) -> None:
-        """Labels of an easy-VQA picture; what its questions do not tell is ignored."""
-        mask = object_mask(image)
-        covered = mask.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).sum(axis=(1, 3)).reshape(-1) > 10
-        ys, xs = np.nonzero(mask)
-        if len(ys) == 0:
-            self.kind[row], self.colour[row], self.presence_known[row] = IGNORE, IGNORE, 0
-            return
-        x, y = (xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2
-        self.kind[row, covered] = IGNORE if shape is None else SHAPES.index(shape)
-        self.colour[row, covered] = IGNORE if colour is None else ALL_COLOURS.index(colour)
-        self.centre[row, int(y) // PATCH_SIZE * GRID + int(x) // PATCH_SIZE] = 1
-        self.xy[row] = np.asarray((x, y), dtype=np.float32) / (IMAGE_SIZE / 2) - 1
-        if shape is None or colour is None:
-            self.presence_known[row] = 0
-        else:
-            self.presence[row, ALL_COLOURS.index(colour) * len(KINDS) + KINDS.index(shape)] = 1
-
-
-class EasyPictures:
-    """Random augmented easy-VQA training pictures with what their questions tell about them."""
-
-    def __init__(self, data: EasyVQA) -> None:
-        self.data = data
-        pairs: dict[int, list[tuple[str, str]]] = {image_id: [] for image_id in data.png}
-        for item in data.questions:
-            pairs[item.image_id].append((item.question, item.answer))
-        self.facts = {image_id: image_facts(rows) for image_id, rows in pairs.items()}
-        self.ids = sorted(self.facts)
-
-    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, str | None, str | None]:
-        """uint8 `[224, 224, 3]`, shape and colour or None."""
-        image_id = self.ids[int(rng.integers(len(self.ids)))]
-        picture = self.data.image(image_id).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-        image = np.asarray(picture)
-        if rng.random() < 0.5:
-            image = image[:, ::-1]
-        if rng.random() < 0.5:
-            image = image[::-1]
-        if rng.random() < 0.5:
-            image = image.transpose(1, 0, 2)
-        return np.ascontiguousarray(image), *self.facts[image_id]
 
 
 def scene_settings(progress: float) -> SceneSettings:
@@ -164,7 +90,9 @@ def choose_patches(rng: np.random.Generator, labels: Labels, count: int) -> np.n
     return np.sort(np.argpartition(-priority, count - 1, axis=1)[:, :count], axis=1)
 
 
-def tower_loss(tower: nn.Module, heads: TowerHeads, images: np.ndarray, labels: Labels, index: np.ndarray) -> Tensor:
+def tower_loss(
+    tower: nn.Module, heads: TowerHeads, images: np.ndarray, labels: Labels, index: np.ndarray
+) -> Tensor:
     """Weighted sum of the dense and the image-level losses."""
     chosen = torch.from_numpy(index)
     patches = patchify(torch.from_numpy(images))
@@ -177,13 +105,22 @@ def tower_loss(tower: nn.Module, heads: TowerHeads, images: np.ndarray, labels: 
         extra = tensor.shape[2:]
         return tensor.gather(1, chosen.view(*chosen.shape, *(1 for _ in extra)).expand(*chosen.shape, *extra))
 
-    kind, colour, centre, target_xy = pick(labels.kind), pick(labels.colour), pick(labels.centre), pick(labels.xy)
+    kind, colour, centre, target_xy = (
+        pick(labels.kind),
+        pick(labels.colour),
+        pick(labels.centre),
+        pick(labels.xy),
+    )
     on_object = ((kind != N_KINDS) & (kind != IGNORE)).float()
     kind_weight = torch.where(kind == N_KINDS, 0.25, 1.0) + ((kind >= len(SHAPES)) & (kind < N_KINDS)).float()
     colour_weight = torch.where(colour == N_COLOURS, 0.25, 1.0)
     scale = on_object.sum().clamp(min=1.0)
-    loss_kind = (F.cross_entropy(kind_logits.transpose(1, 2), kind, reduction="none") * kind_weight).sum() / scale
-    loss_colour = (F.cross_entropy(colour_logits.transpose(1, 2), colour, reduction="none") * colour_weight).sum() / scale
+    loss_kind = (
+        F.cross_entropy(kind_logits.transpose(1, 2), kind, reduction="none") * kind_weight
+    ).sum() / scale
+    loss_colour = (
+        F.cross_entropy(colour_logits.transpose(1, 2), colour, reduction="none") * colour_weight
+    ).sum() / scale
     four = torch.tensor(4.0)
     loss_centre = F.binary_cross_entropy_with_logits(centre_logits[..., 0], centre, pos_weight=four)
     loss_xy = ((xy - target_xy).abs().mean(-1) * on_object).sum() / scale
@@ -196,7 +133,9 @@ def tower_loss(tower: nn.Module, heads: TowerHeads, images: np.ndarray, labels: 
 
 
 @torch.no_grad()
-def evaluate_tower(tower: nn.Module, heads: TowerHeads, n_scenes: int = 128, seed: int = 99) -> dict[str, float]:
+def evaluate_tower(
+    tower: nn.Module, heads: TowerHeads, n_scenes: int = 128, seed: int = 99
+) -> dict[str, float]:
     """Held-out accuracy per object patch, per digit object, and false objects on the background."""
     rng = np.random.default_rng(seed)
     settings = replace(HELD_OUT, digit_weights=(0.0, 0.3, 0.4, 0.3))
@@ -212,7 +151,10 @@ def evaluate_tower(tower: nn.Module, heads: TowerHeads, n_scenes: int = 128, see
         parts.append((kind.softmax(-1), colour.argmax(-1), heads.presence(tower_pooled(tower, features))))
     probability, colour, presence = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     kind = probability.argmax(-1)
-    shape_patch, digit_patch = labels.kind < len(SHAPES), (labels.kind >= len(SHAPES)) & (labels.kind < N_KINDS)
+    shape_patch, digit_patch = (
+        labels.kind < len(SHAPES),
+        (labels.kind >= len(SHAPES)) & (labels.kind < N_KINDS),
+    )
     background = labels.kind == N_KINDS
     digit_right = []
     for row, scene in enumerate(scenes):

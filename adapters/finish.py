@@ -1,0 +1,67 @@
+"""What happens once the text model has run over a prompt: measuring, warning, restoring the length."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from vlmprune.adapters.cache import DynamicCache
+from vlmprune.adapters.call import Prefill
+from vlmprune.adapters.sites import Step
+from vlmprune.core.sites import Site
+
+
+def measure_cache(call: Prefill, output: Any) -> None:
+    """Write the bytes of keys and values, and of those that the dense model stores, into the report."""
+    cache = call.cache if isinstance(output, tuple) else output.get("past_key_values")
+    if not isinstance(cache, DynamicCache):
+        return
+    stored = [layer for layer in cache.layers if layer.keys is not None]
+    call.report.kv_bytes_per_layer = tuple(
+        sum(part.numel() * part.element_size() for part in (layer.keys, layer.values)) for layer in stored
+    )
+    call.report.kv_bytes_per_layer_dense = tuple(
+        2 * k.shape[0] * k.shape[1] * k.shape[3] * k.element_size() * call.layout.length
+        for k in (layer.keys for layer in stored)
+    )
+
+
+def warn_if_inactive(call: Prefill, steps: tuple[Step, ...], warned: bool) -> bool:
+    """Say so, in the report and once as a warning, if a budget asked for fewer tokens and none was dropped.
+
+    Returns:
+        True if the warning was given, now or before.
+    """
+    asked = [s for s in steps if not s.policy.budget.is_all and s.request.site != Site.IMAGE]
+    if not asked or tuple(call.visual) != call.report.visual_tokens:
+        return warned
+    if any(r.site == Site.KV_CACHE or r.tokens_out != r.lengths for r in call.report.sites):
+        return warned
+    text = (
+        f"{', '.join(sorted({step.policy.name for step in asked}))}: nothing was reduced, although the budget "
+        f"{asked[0].policy.budget} asks for it; the samples have {call.report.visual_tokens} visual tokens."
+    )
+    call.report.warnings.append(text)
+    if not warned:
+        warnings.warn(text, stacklevel=2)
+    return True
+
+
+def restore_output(output: Any, call: Prefill) -> Any:
+    """The text model's output with hidden states back at their places ``[B, L, D]``, zeros where tokens were
+    dropped."""
+    if isinstance(output, tuple):
+        return (restore(output[0], call), *output[1:])
+    output["last_hidden_state"] = restore(output["last_hidden_state"], call)
+    return output
+
+
+def restore(hidden: Tensor, call: Prefill) -> Tensor:
+    """``[B, L, D]`` from the hidden states ``[B, n, D]`` of the current tokens."""
+    tokens = call.tokens
+    length = call.image_id.shape[1]
+    place = tokens.index.where(tokens.valid, length)
+    full = hidden.new_zeros(hidden.shape[0], length + 1, hidden.shape[2])
+    return full.scatter(1, place[..., None].expand_as(hidden), hidden)[:, :length]

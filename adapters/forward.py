@@ -1,0 +1,221 @@
+"""One forward after the other through the text model: prefill with visual tokens, then decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmprune.adapters import cache as caches
+from vlmprune.adapters import decoder, finish, guards, masks, prompt
+from vlmprune.adapters.call import Decode, Prefill
+from vlmprune.adapters.family import Family
+from vlmprune.adapters.layout import PromptLayout
+from vlmprune.adapters.sites import Step
+from vlmprune.adapters.source import SignalSource
+from vlmprune.adapters.vision import TowerRecorder
+from vlmprune.core import config
+from vlmprune.core.errors import UnsupportedError
+from vlmprune.core.info import ModelInfo
+from vlmprune.core.policy import Policy
+from vlmprune.core.randomness import item_seed, tensor_digest
+from vlmprune.core.report import ImageRecord, Report
+from vlmprune.core.sites import Site
+
+
+class TextForward:
+    """Changes what the text model and its layers receive.
+
+    Args:
+        family, info: the model. policy, steps: what to do. tower: where image signals come from.
+        restore_length: give the output the prompt's full length again.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        info: ModelInfo,
+        policy: Policy,
+        steps: tuple[Step, ...],
+        tower: TowerRecorder,
+        restore_length: bool,
+    ) -> None:
+        self._family = family
+        self._info = info
+        self._policy = policy
+        self._steps = steps
+        self._tower = tower
+        self._restore_length = restore_length
+        self._warned = False
+        self.call: Prefill | Decode | None = None
+        self.report: Report | None = None
+        self.sample_ids: list[str] | None = None
+
+    def prefill(self) -> Prefill | None:
+        """The current call if it is a prefill."""
+        return self.call if isinstance(self.call, Prefill) else None
+
+    def begin_prefill(self, layout: PromptLayout, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the text model for a prompt with images, shortened where a policy says so."""
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            embeds = self._family.text_model.get_input_embeddings()(kwargs["input_ids"])
+        call = self.call = new_prefill(layout, kwargs, embeds, self._new_report(layout))
+        self.report = call.report
+        steps = tuple(step for step in self._steps if step.request.site == Site.POST_ENCODER)
+        if steps:
+            source = SignalSource(
+                call, embeds, self._tower, self._family.projector, self.sample_ids, self._info
+            )
+            reduced = prompt.reduce_images(steps, call, embeds, self._info, source)
+            if reduced is not None:
+                kwargs = prompt.shorten(kwargs, call, *reduced)
+        return self._with_cache(call, kwargs)
+
+    def begin_decode(self, cache: caches.PrunedDynamicCache, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the text model for new tokens on a pruned cache.
+
+        Raises:
+            UnsupportedError: the mask is not 2-D over the unpruned sequence, or the window is full.
+        """
+        new = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        queries, past = new.shape[1], cache.get_seq_length()
+        total = past + queries
+        caches.check_window(cache, guards.sliding_window(self._family), total)
+        mask = checked_mask(kwargs.get("attention_mask"), total)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, total, device=new.device).expand(new.shape[0], -1)
+        call = self.call = Decode(cache, mask, positions, queries, total)
+        base = cache.prompt.layers[0]
+        changed = {**kwargs, "position_ids": positions}
+        if base.shift is not None:
+            changed["position_ids"] = positions - base.shift[:, None]
+        if mask is not None or not base.full:
+            changed["attention_mask"] = call.valid(base).long()
+        if kwargs.get("cache_position") is not None:
+            changed["cache_position"] = kwargs["cache_position"] - cache.prompt.dropped(0)
+        cache.prompt.inside = True
+        return changed
+
+    def layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Hidden states and keyword arguments of decoder layer ``index``, cut where a policy says so."""
+        call = self.call
+        if isinstance(call, Decode):
+            return hidden, decoder.decode_kwargs(call, index, kwargs, hidden, self._rotary, self._mask_form)
+        assert isinstance(call, Prefill)
+        for step in self._steps:
+            if step.request.site == Site.DECODER_LAYER and step.request.layer == index:
+                hidden = decoder.cut(step, call, hidden, self._info, self._family.text_model.norm, self._seeds)
+        if call.cache is not None:
+            call.cache.prompt.layers[index] = call.tokens
+        if call.relative is not None:
+            kwargs = decoder.prefill_kwargs(call, kwargs, hidden, self._rotary, self._mask_form)
+        return hidden, kwargs
+
+    def end(self, output: Any) -> Any:
+        """The text model's output: full length again after a prefill, which is also where caches are evicted."""
+        call = self.call
+        if not isinstance(call, Prefill) or output is None:
+            return output
+        if call.cache is not None:
+            for step in self._steps:
+                if step.request.site == Site.KV_CACHE:
+                    decoder.evict(step, call, self._info, self._seeds)
+        finish.measure_cache(call, output)
+        self._warned = finish.warn_if_inactive(call, self._steps, self._warned)
+        if not self._restore_length or call.tokens.length == call.layout.length:
+            return output
+        return finish.restore_output(output, call)
+
+    def close(self) -> None:
+        """Forget the call; also after an error."""
+        if self.call is not None and self.call.cache is not None:
+            self.call.cache.prompt.inside = False
+        self.call = None
+
+    def _new_report(self, layout: PromptLayout) -> Report:
+        return Report(
+            model_class=self._info.model_class,
+            policy=config.to_dict(self._policy),
+            n_samples=layout.rows,
+            prompt_tokens=layout.length,
+            images=tuple(ImageRecord(i.sample, i.index, len(i.positions), i.views) for i in layout.images),
+            text_depth=self._info.text_depth or 0,
+        )
+
+    def _with_cache(self, call: Prefill, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Give the call's KV cache the prompt's state, creating it where the model would."""
+        later = any(step.request.site in (Site.DECODER_LAYER, Site.KV_CACHE) for step in self._steps)
+        if call.tokens.length == call.layout.length and not later:
+            return kwargs
+        cache = kwargs.get("past_key_values")
+        text_config = self._family.text_model.config
+        if cache is None:
+            use = kwargs.get("use_cache")
+            if not (text_config.use_cache if use is None else use):
+                return kwargs
+            cache = caches.DynamicCache(config=text_config)
+            caches.check_window(cache, guards.sliding_window(self._family), call.layout.length)
+            kwargs = {**kwargs, "past_key_values": cache}
+        state = caches.PromptState(call.layout.length, [call.tokens] * (self._info.text_depth or 0), inside=True)
+        call.cache = caches.PrunedDynamicCache.adopt(cache, state)
+        return kwargs
+
+    def _rotary(self, hidden: Tensor, positions: Tensor) -> Any:
+        return self._family.text_model.rotary_emb(hidden, positions)
+
+    @property
+    def _mask_form(self) -> masks.MaskForm:
+        return masks.mask_form(self._family.text_model.config._attn_implementation)
+
+    def _seeds(self, policy: Policy, rows: list[int]) -> tuple[int, ...] | None:
+        """Seed per row for decoder-site policies that draw."""
+        call = self.call
+        if not policy.is_random(self._info) or not isinstance(call, Prefill):
+            return None
+        if self.sample_ids is not None:
+            content = [self.sample_ids[row * len(self.sample_ids) // call.layout.rows] for row in rows]
+        else:
+            content = [tensor_digest(call.digest[row]) for row in rows]
+        return tuple(item_seed(getattr(policy, "seed", 0), c, 0) for c in content)
+
+
+def new_prefill(layout: PromptLayout, kwargs: dict[str, Any], embeds: Tensor, report: Report) -> Prefill:
+    """The state of a prefill before anything is reduced."""
+    device, rows, length = embeds.device, layout.rows, layout.length
+    mask = kwargs.get("attention_mask")
+    flat = isinstance(mask, Tensor) and mask.ndim == 2
+    real = mask.bool() if flat else torch.ones(rows, length, dtype=torch.bool, device=device)
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(length, device=device)[None]
+    index = torch.arange(length, device=device).expand(rows, length)
+    tokens = caches.LayerTokens(index, real, all(n == length for n in layout.real))
+    return Prefill(
+        layout=layout,
+        report=report,
+        image_id=layout.image_id(device),
+        real=real,
+        positions=positions.expand(*positions.shape[:-2], rows, length),
+        base=tokens,
+        tokens=tokens,
+        removed=torch.zeros(rows, length, dtype=torch.bool, device=device),
+        visual=layout.visual_per_row(),
+        digest=embeds,
+    )
+
+
+def checked_mask(mask: Any, total: int) -> Tensor | None:
+    """A 2-D mask over the unpruned sequence of ``total`` tokens, or None."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise UnsupportedError("On a pruned cache only 2-D attention masks are supported; pass a 2-D mask or none.")
+    if mask.shape[1] != total:
+        raise UnsupportedError(
+            f"attention_mask has {mask.shape[1]} columns, but the unpruned sequence has {total} tokens; give one "
+            "column per token of the whole conversation."
+        )
+    return mask

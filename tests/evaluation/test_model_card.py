@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from result_rows import a_row
+
+from vlmprune.core.errors import InputError
+from vlmprune.evaluation.model_card import main, render_card, write_card
+from vlmprune.evaluation.schema import ResultsFile, write_results
+
+CURVE = "stage,step,images,seconds,metric,value\n" + "".join(
+    f"tower,{step},{32 * step},{step / 10},{metric},{step / 1000:.4f}\n"
+    for step in range(0, 1000, 10)
+    for metric in ("loss", "shape")
+)
+
+
+def results() -> ResultsFile:
+    families = {"all": (0.85, 0.31), "headline": (0.9, 0.3), "shape": (0.97, 0.2), "relation": (0.52, 0.5)}
+    rows = []
+    for family, (dense, blind) in families.items():
+        bounds = {"family": family, "n": 400, "ci_high": dense + 0.03, "ci_low": dense - 0.03}
+        rows.append(a_row(policy="dense", keep=1.0, accuracy=dense, **bounds))
+        bounds |= {"ci_high": blind + 0.05, "ci_low": blind - 0.05}
+        rows.append(a_row(policy="text_only", keep=None, accuracy=blind, **bounds))
+    rows.append(a_row())
+    return ResultsFile(rows=tuple(rows), headline={"scenes": ("shape",)})
+
+
+def test_the_card_states_what_was_measured(tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text(
+        json.dumps({"seed": 3, "stages": [{"name": "tower", "minutes": 40}], "aids": ["patch labels"]})
+    )
+    (tmp_path / "curve.csv").write_text(CURVE)
+    path = write_card(tmp_path, results())
+    text = path.read_text()
+    assert path.name == "MODEL_CARD.md"
+    assert "| shape | 400 | 97.0 (94.0 to 100.0) | 20.0 |" in text
+    assert "| all | 400 | 85.0 (82.0 to 88.0) | 31.0 |" in text
+    assert "Left out of the headline: relation." in text
+    assert "At or near the text-only score, so not learned: relation (scenes)." in text
+    assert "| hiprune | 22 % |" in text and "made up" in text
+    assert "- patch labels" in text and "attention supervision" not in text
+    assert "- seed: 3" in text and "  - name: tower" in text.replace("    ", "  ")
+    curve = [line for line in text.splitlines() if line.startswith(("| 0 |", "| 990 |"))]
+    assert curve == ["| 0 | 0 | 0.0 | 0.0000 | 0.0000 |", "| 990 | 31680 | 1.6 | 0.9900 | 0.9900 |"]
+
+
+def test_without_a_training_record_the_aids_are_named_all_the_same(tmp_path: Path) -> None:
+    text = render_card(tmp_path, results())
+    assert "attention supervision" in text and "dense labels" in text
+    assert "No training record" in text
+
+
+def test_what_the_card_refuses(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no dense rows"):
+        render_card(tmp_path, ResultsFile(rows=(a_row(),)))
+    for text, message in (("{", "damaged"), ("[]", "no JSON object")):
+        (tmp_path / "training.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            render_card(tmp_path, results())
+
+
+def test_the_command_rebuilds_the_card_from_stored_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmprune.evaluation.model_card.model_path", lambda name: tmp_path)
+    write_results(tmp_path, results())
+    main(["--keep-results"])
+    assert (tmp_path / "MODEL_CARD.md").read_text() == render_card(tmp_path, results())
+
+
+def test_the_measurement(tmp_path: Path) -> None:
+    """A small run has everything that the card needs: policies, the text-only score, the whole test split."""
+    from vlmprune.evaluation.model_card import measure_card
+
+    small = {"scene_questions": 8, "easy_questions": 4, "random_seeds": 1, "full_easy_vqa": False}
+    quick = {"policies": ("uniform",), "budgets": (0.1,), "measure_time": False, "progress": False}
+    measured = measure_card(**small, **quick)
+    found = {(row.task, row.policy) for row in measured.rows}
+    wanted = {"dense", "text_only", "uniform", "random"}
+    assert found == {(task, policy) for task in ("scenes", "easy_vqa") for policy in wanted}
+    assert measured.select(task="scenes", policy="uniform", family="all")[0].mean_kept_tokens == 19
+    assert "text only" in render_card(tmp_path, measured)

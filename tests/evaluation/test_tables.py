@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from result_rows import a_row, a_stamp
+
+from vlmprune.evaluation.tables import keep_text, render_table
+
+DENSE = {
+    "policy": "dense",
+    "keep": 1.0,
+    "accuracy": 0.9,
+    "retention": 1.0,
+    "diff_random": None,
+    "diff_ci_low": None,
+    "diff_ci_high": None,
+    "mean_kept_tokens": 196.0,
+    "mean_kept_layers": 196.0,
+    "prefill_ms": 23.45,
+    "kv_bytes": 1279000,
+}
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def test_a_table_by_hand() -> None:
+    headline = {"family": "headline", "n": 20, "accuracy": 0.8, "prefill_ms": None, "kv_bytes": None}
+    rows = [a_row(**DENSE), a_row(), a_row(**headline), a_row(policy="random", seed=1, keep=43)]
+    title, _, head, rule, *lines = render_table(rows).splitlines()
+    assert title == "**toy, scenes** (40 questions on 8 images)"
+    assert cells(head)[:4] == ["policy", "keep", "headline (95 % interval)", "all"]
+    assert rule.count("---") == len(cells(head)) == 10
+    dense, hiprune, random = map(cells, lines)
+    assert dense == ["dense", "–", "–", "90.0", "–", "–", "196", "196", "23.4", "1279.0"]
+    assert hiprune[:4] == ["hiprune", "22 %", "80.0 (60.0 to 86.0)", "75.0"]
+    assert hiprune[4:] == ["90.0", "+10.0 (+2.0 to +18.0)", "43", "43", "12.3 (23.4)", "338.9"]
+    assert random[:2] == ["random (seed 1)", "43 tokens"]
+
+
+def test_chosen_families_and_no_title() -> None:
+    rows = [a_row(), a_row(family="digit", accuracy=0.5)]
+    head, _, line = render_table(rows, ["digit", "colour"], title_tasks=False).splitlines()
+    assert cells(head)[2:4] == ["digit (95 % interval)", "colour"]
+    assert cells(line)[2:4] == ["50.0 (60.0 to 86.0)", "–"]
+
+
+def test_unmeasured_values_are_dashes() -> None:
+    row = a_row(prefill_ms=None, kv_bytes=None, retention=None, mean_kept_tokens=None, diff_ci_low=None)
+    line = cells(render_table([row], title_tasks=False).splitlines()[2])
+    assert [line[i] for i in (3, 4, 5, 7, 8)] == ["–", "+10.0", "–", "–", "–"]
+    assert "0.0" not in line
+
+
+def test_runs_and_tasks_stay_apart() -> None:
+    rows = [a_row(), a_row(stamp=a_stamp(started="2001-01-01T00:00:00+00:00")), a_row(task="easy_vqa")]
+    first, second = render_table(rows).split("**toy, easy_vqa**")
+    assert first.count("| hiprune |") == 2 and second.count("| hiprune |") == 1
+
+
+def test_budgets() -> None:
+    shown = [keep_text(keep) for keep in (0.22, 0.055, 1, "flops:0.4", [0.5, 12], None)]
+    assert shown == ["22 %", "5.5 %", "1 tokens", "flops:0.4", "50 %, 12 tokens", "–"]

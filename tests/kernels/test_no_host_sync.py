@@ -1,0 +1,90 @@
+"""Nothing reads a number back from the GPU where the arguments allow it.
+
+Fake tensors stand for CUDA tensors: they have a device and a shape but no data, so every read of a value
+raises. This runs the CUDA branches without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from vlmprune.kernels.column_mass import attention_rows, column_mass, group_mass
+from vlmprune.kernels.gather import gather_tokens, pack_indices, segment_merge
+from vlmprune.kernels.kcenter import greedy_select
+from vlmprune.kernels.ordering import stable_topk
+
+B, N = 2, 80
+
+
+@pytest.fixture
+def cuda() -> Iterator[torch.device]:
+    with FakeTensorMode():
+        yield torch.device("cuda")
+
+
+def test_reads_are_noticed(cuda: torch.device) -> None:
+    with pytest.raises(DataDependentOutputException):
+        pack_indices(torch.ones(B, N, dtype=torch.bool, device=cuda))  # no width: must read the counts
+
+
+@pytest.mark.parametrize("route", ["gram", "features"])
+@pytest.mark.parametrize(("metric", "channels"), [("cosine", 40), ("l2", 40), ("l2", 6)])
+def test_selection(route: str, metric: str, channels: int, cuda: torch.device) -> None:
+    x = torch.empty(B, N, channels, device=cuda, dtype=torch.half)
+    valid = torch.ones(B, N, device=cuda, dtype=torch.bool)
+    options = {"metric": metric, "valid": valid, "backend": "torch", "route": route}
+    result = greedy_select(x, 3, start=2, **options)
+    assert result.indices.shape == (B, 3) and result.indices.device.type == "cuda"
+    ragged = torch.ones(B, device=cuda, dtype=torch.long)
+    before = torch.zeros(B, 2, device=cuda, dtype=torch.long)
+    assert greedy_select(x, ragged, k_max=5, start="medoid", preselected=before, **options).radius.shape == (
+        B,
+        5,
+    )
+    by_score = {"start": "score", "start_score": x[..., 0], "weight": x[..., 1]}
+    assert greedy_select(x, ragged, preselected=valid, **by_score, **options).indices.shape == (B, N)
+
+
+def test_order_and_gather(cuda: torch.device) -> None:
+    scores = torch.empty(B, N, device=cuda)
+    valid = torch.ones(B, N, device=cuda, dtype=torch.bool)
+    counts = torch.ones(B, device=cuda, dtype=torch.int32)
+    index = stable_topk(scores, counts, valid, k_max=9, order="index")
+    assert index.shape == (B, 9) and stable_topk(scores.double(), 4).shape == (B, 4)
+    assert gather_tokens(torch.empty(B, N, 7, device=cuda), index).shape == (B, 9, 7)
+    packed, filled = pack_indices(valid, side="left", width=N)
+    assert packed.shape == filled.shape == (B, N)
+    for mode in ("prune", "mean", "wavg", "sum", "amax"):
+        merged = segment_merge(scores[..., None].half(), packed, N, mode=mode, weights=scores)
+        assert merged.shape == (B, N, 1) and merged.dtype == torch.half
+
+
+def test_attention(cuda: torch.device) -> None:
+    q = torch.empty(B, 4, N, 8, device=cuda, dtype=torch.bfloat16)
+    k = torch.empty(B, 2, N, 8, device=cuda, dtype=torch.bfloat16)
+    ids = torch.zeros(N, device=cuda, dtype=torch.long)
+    masking = {
+        "causal": True,
+        "key_valid": torch.ones(B, N, device=cuda, dtype=torch.bool),
+        "cu_seqlens": torch.zeros(4, device=cuda, dtype=torch.int32),
+    }
+    rows = torch.zeros(B, 3, device=cuda, dtype=torch.long)
+    assert column_mass(q, k, rows=rows, chunk_bytes=5000, **masking).shape == (B, N)
+    assert attention_rows(q, k, ids[:5], **masking).shape == (B, 4, 5, N)
+    assert group_mass(q, k, ids, ids, n_query_groups=2, n_key_groups=3, **masking).shape == (B, 2, 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_triton_selection_on_a_gpu() -> None:
+    x, valid = torch.randn(B, N, 16, device="cuda"), torch.ones(B, N, dtype=torch.bool, device="cuda")
+    want = greedy_select(x, 7, valid=valid, backend="triton")  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = greedy_select(x, 7, valid=valid, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got.indices, want.indices)

@@ -1,0 +1,149 @@
+"""Batches of prompts with images for random-weight LLaVA models, and runs over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vlmprune.core.sites import Site
+from vlmprune.embedded.tiny_configs import BOS_ID, IMAGE_TOKEN_ID, random_llava
+
+N = 16  # visual tokens per image of `small_llava`
+
+
+def small_llava(vision: str = "clip", text: str = "llama", **arguments: Any) -> nn.Module:
+    """A LLaVA with 16 tokens per image, 4 tower blocks, 4 decoder layers and grouped-query attention."""
+    sizes = {"vision_depth": 4, "text_layers": 4, "hidden": 32, "heads": 4, "kv_heads": 2}
+    return random_llava(vision, text, **{**sizes, **arguments})
+
+
+@dataclass(frozen=True)
+class LlavaPrompt:
+    """A left-padded batch of prompts; ``real`` marks tokens that are not padding."""
+
+    ids: Tensor
+    real: Tensor
+    pixels: Tensor | None
+    images: tuple[int, ...]
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the model."""
+        given = {"input_ids": self.ids, "attention_mask": self.real.long()}
+        return given if self.pixels is None else {**given, "pixel_values": self.pixels}
+
+    @property
+    def length(self) -> int:
+        """Padded prompt length."""
+        return self.ids.shape[1]
+
+    @property
+    def positions(self) -> Tensor:
+        """Position ids as ``generate`` numbers them."""
+        return (self.real.long().cumsum(1) - 1).clamp_min(0)
+
+    def places(self) -> list[list[list[int]]]:
+        """Per row and image, where its tokens stand."""
+        rows = []
+        for row in self.ids:
+            found = (row == IMAGE_TOKEN_ID).nonzero()[:, 0].tolist()
+            rows.append([found[i : i + N] for i in range(0, len(found), N)])
+        return rows
+
+    def row(self, index: int) -> LlavaPrompt:
+        """One row by itself, without its padding."""
+        first = sum(self.images[:index])
+        count = self.images[index]
+        start = int((~self.real[index]).sum())
+        pixels = self.pixels[first : first + count] if self.pixels is not None and count else None
+        ids = self.ids[index : index + 1, start:]
+        return LlavaPrompt(ids, torch.ones_like(ids, dtype=torch.bool), pixels, (count,))
+
+    def dropped(self, kept: Sequence[Sequence[int]], site: Site = Site.POST_ENCODER) -> Tensor:
+        """``[B, L]`` True at dropped tokens. ``kept`` lists per image (after the encoder) or per sample with
+        images (in the decoder) the tokens that stay."""
+        mask = torch.zeros_like(self.real)
+        item = 0
+        for row, images in enumerate(self.places()):
+            merged = [sum(images, [])] if images else []
+            for tokens in images if site == Site.POST_ENCODER else merged:
+                mask[row, tokens] = True
+                mask[row, [tokens[i] for i in kept[item]]] = False
+                item += 1
+        return mask
+
+
+def make_prompt(
+    images: tuple[int, ...] = (1,),
+    padded: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+    size: int = 32,
+    tokens: int = N,
+) -> LlavaPrompt:
+    """Row ``b`` holds ``images[b]`` images, each followed by 3 text tokens.
+
+    Args:
+        images: images per row.
+        padded: rows also differ in the text before the first image.
+        seed: seed of text and pixels.
+        size: side of the images in pixels.
+        tokens: placeholders per image.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for row, count in enumerate(images):
+        start = torch.randint(8, 60, (3 + (2 * row if padded else 0),), generator=generator)
+        start[0] = BOS_ID
+        text = [start] if count else [start, torch.randint(8, 60, (4,), generator=generator)]
+        for _ in range(count):
+            text += [torch.full((tokens,), IMAGE_TOKEN_ID), torch.randint(8, 60, (3,), generator=generator)]
+        rows.append(torch.cat(text))
+    length = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    real = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :] = row
+        real[i, length - len(row) :] = True
+    total = sum(images)
+    pixels = torch.randn(total, 3, size, size, generator=generator, dtype=torch.float64).to(dtype) if total else None
+    return LlavaPrompt(ids, real, pixels, images)
+
+
+def pick_tokens(widths: Sequence[int], ragged: bool = False, seed: int = 3) -> tuple[tuple[int, ...], ...]:
+    """About half of ``widths[i]`` tokens for item ``i``, of differing share if ``ragged``."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [width // 2 - (i % 3 if ragged else 0) for i, width in enumerate(widths)]
+    return tuple(
+        tuple(sorted(torch.randperm(width, generator=generator)[:count].tolist()))
+        for width, count in zip(widths, counts, strict=True)
+    )
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, prompt: LlavaPrompt, **arguments: Any) -> Any:
+    """One forward over the prompt, with positions as ``generate`` gives them."""
+    return model(**prompt.inputs, position_ids=prompt.positions, **arguments)
+
+
+@torch.no_grad()
+def decode(model: nn.Module, prompt: LlavaPrompt, cache: Any, forced: Tensor, turn: bool = False) -> Tensor:
+    """Logits ``[B, S, V]`` of forced tokens ``[B, S]`` after the prompt: one at a time, or as one ``turn``."""
+    chunks = [forced] if turn else list(forced.split(1, dim=1))
+    real, start, logits = prompt.real.long(), prompt.positions[:, -1:], []
+    for chunk in chunks:
+        real = torch.cat([real, torch.ones_like(chunk)], 1)
+        steps = torch.arange(1, chunk.shape[1] + 1)[None]
+        out = model(
+            input_ids=chunk,
+            attention_mask=real,
+            position_ids=start + steps,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        start = start + chunk.shape[1]
+        logits.append(out.logits)
+    return torch.cat(logits, 1)

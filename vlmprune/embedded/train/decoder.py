@@ -1,0 +1,219 @@
+"""Stage 2: train projector and decoder on questions, with the tower frozen as in LLaVA.
+
+Two heads of decoder layer 2 are told in training which visual tokens belong to the object asked about.
+Without this aid look-up questions stay on a plateau for tens of thousands of images. The model stays stock.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..easyvqa import load_easy_vqa
+from ..fastdecoder import decode
+from ..fastpath import patchify, project, tower_features
+from ..questions import FAMILIES, Question, ask
+from ..scenes import GRID, HELD_OUT, Scene, generate_scene
+from .batches import ALL, LOOKUP, Batch, Encoder, choose_tokens, make_batch
+from .common import (
+    Clock,
+    FlatParameters,
+    StageSettings,
+    append_row,
+    learning_rate,
+    load_checkpoint,
+    logger,
+    save_checkpoint,
+)
+from .scene_cache import Entry, SceneCache
+
+FOCUS_LAYER = 2
+FOCUS_HEADS = (0, 1)
+FOCUS_WEIGHT = 0.5
+END_WEIGHT = 0.1
+QUESTIONS_PER_IMAGE = 10
+LOOKUP_SHARE = 0.15  # of the time, before the other families join
+INSTRUCTION_SHARE = 0.12
+STAGE_SEED = 21
+
+
+def prefix_embeddings(model: nn.Module, encoder: Encoder, features: Tensor) -> Tensor:
+    """`<s> USER:`, projected visual tokens, newline: float32 `[B, P, C]`."""
+    core = model.model
+    visual = project(core.multi_modal_projector, features)
+    table = core.language_model.embed_tokens.weight
+    before = table[torch.tensor(encoder.before)].expand(len(visual), -1, -1)
+    newline = table[encoder.newline].expand(len(visual), 1, -1)
+    return torch.cat([before, visual, newline], dim=1)
+
+
+def answer_logits(
+    model: nn.Module, encoder: Encoder, features: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits at `ASSISTANT:` and at the answer `[B, Q, vocab]`; attention of the former `[B, Q, H, V]`."""
+    prefix = prefix_embeddings(model, encoder, features)
+    output = decode(model.model.language_model, prefix, batch.ids, FOCUS_LAYER)
+    table = model.model.language_model.embed_tokens.weight.to(torch.bfloat16)
+    b = torch.arange(batch.ids.shape[0])[:, None]
+    q = torch.arange(batch.ids.shape[1])[None, :]
+    at_answer = output.hidden[b, q, batch.place]
+    at_end = output.hidden[b, q, batch.place + 1]
+    logits = F.linear(torch.stack([at_answer, at_end]).to(torch.bfloat16), table).float()
+    start = len(encoder.before)
+    rows = output.attention.permute(0, 1, 3, 2, 4)[b, q, batch.place]  # [B, Q, H, P]
+    return logits[0], logits[1], rows[..., start : start + batch.kept.shape[1]]
+
+
+def decoder_loss(
+    model: nn.Module, encoder: Encoder, features: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, whether each answer was right `[B, Q]`, and the mean attention mass on the right object."""
+    answer, end, attention = answer_logits(model, encoder, features, batch)
+    loss = F.cross_entropy(answer.flatten(0, 1), batch.answers.flatten())
+    eos = torch.full_like(batch.answers, encoder.tokenizer.eos_token_id)
+    loss = loss + END_WEIGHT * F.cross_entropy(end.flatten(0, 1), eos.flatten())
+    mass = (attention[:, :, list(FOCUS_HEADS)] * batch.focus).sum(-1)  # [B, Q, 2]
+    known = batch.focus.any(-1).float()
+    focus = (-torch.log(mass + 1e-3) * known).sum() / known.sum().clamp(min=1.0)
+    mean_mass = (mass.detach() * known).sum() / known.sum().clamp(min=1.0)
+    return loss + FOCUS_WEIGHT * focus, answer.detach().argmax(-1) == batch.answers, mean_mass
+
+
+class HeldOut:
+    """Fixed held-out scenes and questions, and easy-VQA test pictures, encoded once."""
+
+    def __init__(self, tower: nn.Module, encoder: Encoder, n_scenes: int = 96, seed: int = 98) -> None:
+        rng = np.random.default_rng(seed)
+        self.rows: list[tuple[Entry, Tensor, list[Question]]] = []
+        scenes = [generate_scene(rng, "test", HELD_OUT) for _ in range(n_scenes)]
+        self.features = self._encode(tower, [s.image for s in scenes])
+        self.entries, self.questions = [], []
+        for scene in scenes:
+            bare = Scene(np.empty(0, np.uint8), scene.objects, scene.patch_object, scene.background)
+            self.entries.append(Entry(scene.patch_object.reshape(-1), scene=bare))
+            asked = [ask(rng, scene, family) for family in FAMILIES]
+            self.questions.append([q for q in asked if q is not None])
+
+    @staticmethod
+    def _encode(tower: nn.Module, images: list[np.ndarray]) -> Tensor:
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(images), 32):
+                batch = torch.from_numpy(np.stack(images[start : start + 32]))
+                parts.append(tower_features(tower, patchify(batch))[:, 1:].to(torch.bfloat16))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, encoder: Encoder, keep: int | None = None) -> dict[str, float]:
+        """First-token accuracy per family; `keep` random tokens per image instead of all."""
+        rng = np.random.default_rng(3)
+        hits: dict[str, list[bool]] = defaultdict(list)
+        for start in range(0, len(self.entries), 16):
+            part = slice(start, start + 16)
+            entries, questions = self.entries[part], self.questions[part]
+            noise = rng.random((len(entries), GRID * GRID))
+            kept = np.sort(np.argsort(noise, axis=1)[:, : keep or GRID * GRID], axis=1)
+            fixed = [_Fixed(e.owner, q) for e, q in zip(entries, questions, strict=True)]
+            batch = make_batch(rng, encoder, fixed, len(FAMILIES), ALL, kept, False)
+            features = _gather(self.features[part], batch.kept)
+            right = answer_logits(model, encoder, features, batch)[0].argmax(-1) == batch.answers
+            for b, row in enumerate(questions):
+                for q, item in enumerate(row):
+                    hits[item.family].append(bool(right[b, q]))
+        return {family: float(np.mean(hits[family])) for family in FAMILIES}
+
+
+class _Fixed(Entry):
+    """An entry whose questions are given."""
+
+    def __init__(self, owner: np.ndarray, given: list[Question]) -> None:
+        super().__init__(owner)
+        self.given = given
+
+    def questions(self, rng: np.random.Generator, count: int, weights: dict[str, float]) -> list[Question]:
+        return self.given
+
+
+def _gather(features: Tensor, kept: Tensor) -> Tensor:
+    return features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
+
+
+def train_decoder(
+    rank: int, world: int, out: Path, settings: StageSettings, model: nn.Module, tokenizer: Any
+) -> None:
+    """Run or resume stage 2 on a model whose tower is trained and whose projector is aligned.
+
+    Checkpoints go to `out/decoder.pt`, the curve to `out/curve.csv`.
+    """
+    core, encoder = model.model, Encoder(tokenizer)
+    tower = getattr(core.vision_tower, "vision_model", core.vision_tower)
+    tower.requires_grad_(False)
+    flat = FlatParameters([core.multi_modal_projector, core.language_model], settings.ema)
+    optimizer = flat.optimizer(settings.lr)
+    path, step, clock = out / "decoder.pt", 0, Clock(settings.minutes * 60)
+    state = load_checkpoint(path)
+    if state is not None:
+        step, clock.elapsed, flat.updates = state["step"], state["elapsed"], state["step"]
+        flat.values.copy_(state["values"])
+        flat.average.copy_(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+    cache_rng = np.random.default_rng([settings.seed, STAGE_SEED, rank, step, 1])
+    cache = SceneCache(tower, cache_rng, 4000, load_easy_vqa("train"))
+    held_out = HeldOut(tower, encoder) if rank == 0 else None
+    clock.skip()
+    progress, last_save, last_eval = clock.tick(), clock.elapsed, clock.elapsed
+    recent: dict[str, float] = {}
+    while progress < 1.0:
+        rng = np.random.default_rng([settings.seed, STAGE_SEED, rank, step])
+        cache.renew(rng, 4)
+        entries, features = cache.sample(rng, settings.batch)
+        shared = np.random.default_rng([settings.seed, STAGE_SEED, step])  # ranks take equally long steps
+        kept = choose_tokens(shared, np.stack([e.owner for e in entries]), progress)
+        weights = LOOKUP if progress < LOOKUP_SHARE else ALL
+        batch = make_batch(
+            rng,
+            encoder,
+            entries,
+            QUESTIONS_PER_IMAGE,
+            weights,
+            kept,
+            bool(shared.random() < INSTRUCTION_SHARE),
+        )
+        flat.zero_grad()
+        loss, right, mass = decoder_loss(model, encoder, _gather(features, batch.kept), batch)
+        loss.backward()
+        progress = flat.reduce(clock.tick(), world)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, progress)
+        optimizer.step()
+        flat.update_average()
+        step += 1
+        if rank:
+            continue
+        now = {"loss": float(loss), "mass": float(mass), "train": float(right.float().mean())}
+        recent = {k: 0.97 * recent.get(k, v) + 0.03 * v for k, v in now.items()}
+        if clock.elapsed - last_eval > settings.eval_every or progress >= 1.0:
+            last_eval = clock.elapsed
+            flat.swap_average()
+            metrics = held_out.accuracy(model, encoder)
+            few = held_out.accuracy(model, encoder, keep=22)
+            flat.swap_average()
+            clock.skip()
+            images = step * settings.batch * world
+            shown = {**recent, **metrics, "random22": float(np.mean(list(few.values())))}
+            logger.info("decoder step %d images %d seconds %.0f %s", step, images, clock.elapsed,
+                        " ".join(f"{k} {v:.2f}" for k, v in shown.items()))  # fmt: skip
+            row = {"stage": "decoder", "step": step, "images": images, "seconds": round(clock.elapsed)}
+            append_row(out / "curve.csv", {**row, **shown})
+        if clock.elapsed - last_save > settings.save_every or progress >= 1.0:
+            last_save = clock.elapsed
+            save_checkpoint(path, {
+                "step": step, "elapsed": clock.elapsed, "values": flat.values, "average": flat.average,
+                "optimizer": optimizer.state_dict(), "images": step * settings.batch * world,
+            })  # fmt: skip
