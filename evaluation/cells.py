@@ -62,9 +62,7 @@ def policy_cell(policy: Policy, info: ModelInfo) -> Cell:
     leaves = policy.leaves()
     plain = config.to_dict(policy)
     if isinstance(plain, list):
-        params: dict[str, Any] = {
-            leaf.name: _settings(part) for leaf, part in zip(leaves, plain, strict=True)
-        }
+        params: dict[str, Any] = {leaf.name: _settings(part) for leaf, part in zip(leaves, plain, strict=True)}
         keep: Keep = [leaf.budget.describe() for leaf in leaves]
         return Cell("+".join(leaf.name for leaf in leaves), policy, params, keep, leaves[-1].basis, None)
     params = _settings(plain)

@@ -71,9 +71,7 @@ class _Guard:
         if self._handle.last_error is not None:
             raise self._handle.last_error
         if self._handle.last is None:
-            raise RuntimeError(
-                f"{self._handle.policy.name} was applied, but no forward with visual tokens took place."
-            )
+            raise RuntimeError(f"{self._handle.policy.name} was applied, but no forward with visual tokens took place.")
         return answers
 
 

@@ -33,9 +33,7 @@ class LmmsEngine:
     cache: Path | None
 
     @classmethod
-    def create(
-        cls, model: Any, processor: Any, batch_size: int, style: str, cache: Path | None
-    ) -> LmmsEngine:
+    def create(cls, model: Any, processor: Any, batch_size: int, style: str, cache: Path | None) -> LmmsEngine:
         """Import lmms-eval (10 to 40 seconds) and wrap the model.
 
         Raises:
@@ -50,9 +48,7 @@ class LmmsEngine:
             ) from None
         return cls(VlmPrune.wrap(model, processor, batch_size), processor, style, cache)
 
-    def answer(
-        self, run: TaskRun, cell: Cell, handle: Handle | None, advance: Callable[[int], None]
-    ) -> list[Answer]:
+    def answer(self, run: TaskRun, cell: Cell, handle: Handle | None, advance: Callable[[int], None]) -> list[Answer]:
         """Answers in the order of the documents.
 
         Raises:
@@ -65,9 +61,7 @@ class LmmsEngine:
         from lmms_eval.tasks import TaskManager
 
         folder = prepare_task(run.task, run.docs, self.cache)
-        manager = TaskManager(
-            "ERROR", include_path=str(folder), include_defaults=False, model_name=self.style
-        )
+        manager = TaskManager("ERROR", include_path=str(folder), include_defaults=False, model_name=self.style)
         self.lm.use_handle(handle)
         name = run.task.name
         output = evaluator.simple_evaluate(
@@ -85,9 +79,7 @@ class LmmsEngine:
     def _collect(self, run: TaskRun, samples: list[dict[str, Any]]) -> list[Answer]:
         logged = {int(sample["doc_id"]): sample for sample in samples}
         if sorted(logged) != list(range(len(run.docs))):
-            raise HarnessError(
-                f"lmms-eval logged {len(logged)} of {len(run.docs)} documents of {run.task.name}."
-            )
+            raise HarnessError(f"lmms-eval logged {len(logged)} of {len(run.docs)} documents of {run.task.name}.")
         answers = []
         for number, doc in enumerate(run.docs):
             sample, answer = logged[number], self.lm.answers[run.task.name, number]
@@ -97,8 +89,6 @@ class LmmsEngine:
             if run.task.is_right(doc, prediction) != (sample[run.task.metric] == 1.0):
                 raise HarnessError(f"lmms-eval scored {doc['doc_id']} differently.")
             answers.append(
-                Answer(
-                    prediction, answer.n_images, answer.visual, answer.kept, answer.layers, answer.new_tokens
-                )
+                Answer(prediction, answer.n_images, answer.visual, answer.kept, answer.layers, answer.new_tokens)
             )
         return answers

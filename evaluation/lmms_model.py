@@ -81,9 +81,7 @@ class VlmPrune(lmms):
         arguments = simple_parse_args_string(arg_string)
         extra = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if "pretrained" not in arguments:
-            raise InputError(
-                "model_args lacks pretrained=...; give an embedded model, a folder, or a hub id."
-            )
+            raise InputError("model_args lacks pretrained=...; give an embedded model, a folder, or a hub id.")
         if "base" in arguments:
             from vlmprune.evaluation.lmms_base import create_base
 
@@ -126,9 +124,7 @@ class VlmPrune(lmms):
         them apart and be the same in every process."""
         from vlmprune.core import config
 
-        policy = (
-            DENSE if self._handle is None else json.dumps(config.to_dict(self._handle.policy), sort_keys=True)
-        )
+        policy = DENSE if self._handle is None else json.dumps(config.to_dict(self._handle.policy), sort_keys=True)
         return f"vlmprune({type(self._model).__name__}, {self._weights}, {self._model.dtype}, {policy})"
 
     def clean(self) -> None:
@@ -182,9 +178,7 @@ def resolve_policy(policy: str, keep: Any, parameters: Mapping[str, Any]) -> Pol
 
     if policy == DENSE:
         if keep not in (None, 1.0) or parameters:
-            raise InputError(
-                f"policy=dense takes no budget or parameters, got keep={keep} {dict(parameters)}."
-            )
+            raise InputError(f"policy=dense takes no budget or parameters, got keep={keep} {dict(parameters)}.")
         return None
     given = dict(parameters) if keep is None else {**parameters, "keep": keep}
     return config.resolve(policy, **given)

@@ -184,9 +184,7 @@ def _near_chance(results: ResultsFile) -> str:
             other = blind.get(family)
             if family not in (ALL_FAMILIES, HEADLINE) and other is not None and row.ci_low <= other.ci_high:
                 weak.append(f"{family} ({task})")
-    left_out = [
-        f for row in results.rows for f in [row.family] if row.task == "scenes" and row.policy == DENSE
-    ]
+    left_out = [f for row in results.rows for f in [row.family] if row.task == "scenes" and row.policy == DENSE]
     counted = results.headline.get("scenes", ())
     outside = [f for f in dict.fromkeys(left_out) if f not in (*counted, ALL_FAMILIES, HEADLINE)]
     text = f"Headline families of scenes: {', '.join(counted)}." if counted else ""
@@ -208,9 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure an embedded model and write its model card.")
     parser.add_argument("--model", default="tiny-llava")
     parser.add_argument("--scenes", type=int, default=SCENE_QUESTIONS, help="scene questions")
-    parser.add_argument(
-        "--easy-vqa", type=int, default=EASY_QUESTIONS, help="easy-VQA questions for policies"
-    )
+    parser.add_argument("--easy-vqa", type=int, default=EASY_QUESTIONS, help="easy-VQA questions for policies")
     parser.add_argument("--seed", type=int, default=1, help="which questions")
     parser.add_argument("--random-seeds", type=int, default=3)
     parser.add_argument("--keep-results", action="store_true", help="use the results.json that is there")

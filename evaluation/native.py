@@ -49,9 +49,7 @@ class Request:
     images: Sequence[Any]
 
 
-def make_request(
-    processor: Any, task: Task, doc: Mapping[str, Any], style: str, with_image: bool = True
-) -> Request:
+def make_request(processor: Any, task: Task, doc: Mapping[str, Any], style: str, with_image: bool = True) -> Request:
     """The request of a document."""
     images = task.doc_to_visual(doc) if with_image else []
     prompt = render_prompt(processor, user_message(task.text(doc, style), len(images)))
@@ -82,9 +80,7 @@ def answer_requests(
     """
     answers = []
     for start in range(0, len(requests), batch_size):
-        answers += answer_one_batch(
-            model, processor, requests[start : start + batch_size], generation, handle
-        )
+        answers += answer_one_batch(model, processor, requests[start : start + batch_size], generation, handle)
         advance(len(requests[start : start + batch_size]))
     return answers
 
@@ -129,7 +125,5 @@ def _reported(
             f"{handle.policy.name} was applied, but the last forward left no report of {rows} rows."
         )
     per_layer = report.kept_tokens_per_layer
-    layers = (
-        [sum(row) / len(per_layer) for row in zip(*per_layer, strict=True)] if per_layer else [None] * rows
-    )
+    layers = [sum(row) / len(per_layer) for row in zip(*per_layer, strict=True)] if per_layer else [None] * rows
     return list(zip(report.visual_tokens, report.kept_tokens, layers, strict=True))

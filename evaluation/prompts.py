@@ -31,9 +31,7 @@ def render_prompt(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     return FALLBACK_PROMPT.format(images=f"{getattr(token, 'content', token)}\n" * n_images, text=text)
 
 
-def encode(
-    model: Any, processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]
-) -> Any:
+def encode(model: Any, processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
     """Left-padded model inputs on the model's device, floating values in its dtype.
 
     Args:

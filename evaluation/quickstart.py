@@ -135,9 +135,7 @@ def _docs_by_image(task: Task, images: int) -> list[list[dict[str, Any]]]:
     return [group[:QUESTIONS_PER_IMAGE] for group in ranked[:images]]
 
 
-def _answers(
-    model: Any, processor: Any, task: Task, requests: Sequence[Request], handle: Any = None
-) -> list[Answer]:
+def _answers(model: Any, processor: Any, task: Task, requests: Sequence[Request], handle: Any = None) -> list[Answer]:
     return answer_requests(model, processor, requests, task.generation, len(requests), handle)
 
 

@@ -60,9 +60,7 @@ class NativeEngine:
     ) -> list[native.Answer]:
         """See :class:`Engine`."""
         with_image = cell.name != TEXT_ONLY
-        requests = [
-            native.make_request(self.processor, run.task, doc, run.style, with_image) for doc in run.docs
-        ]
+        requests = [native.make_request(self.processor, run.task, doc, run.style, with_image) for doc in run.docs]
         return native.answer_requests(
             self.model, self.processor, requests, run.task.generation, self.batch_size, handle, advance
         )
@@ -171,9 +169,7 @@ def _run_task(state: _State, run: TaskRun, cells: Sequence[Cell]) -> None:
     for cell_run in list(run.runs.values()):
         own = cell_run.samples
         budget = random_budget(cell_run.cell, mean_per_image([s.kept_layers for s in own], own))
-        for extra in (
-            [] if budget is None else [random_cell(budget, seed, state.info) for seed in state.random_seeds]
-        ):
+        for extra in [] if budget is None else [random_cell(budget, seed, state.info) for seed in state.random_seeds]:
             if extra.key not in run.runs and not any(extra.key == cell.key for cell in cells):
                 state.progress.extend(len(run.docs))
                 _run_cell(state, run, extra)
@@ -231,9 +227,7 @@ def _applied(state: _State, cell: Cell) -> Iterator[Handle | None]:
         yield handle
 
 
-def _make_engine(
-    runner: str, model: Any, processor: Any, batch_size: int, style: str, cache: Path | None
-) -> Engine:
+def _make_engine(runner: str, model: Any, processor: Any, batch_size: int, style: str, cache: Path | None) -> Engine:
     if runner == "native":
         return NativeEngine(model, processor, batch_size)
     from vlmprune.evaluation.lmms_engine import LmmsEngine

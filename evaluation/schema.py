@@ -187,16 +187,12 @@ class ResultsFile(_Strict):
     @model_validator(mode="after")
     def _not_newer(self) -> ResultsFile:
         if self.schema_version > SCHEMA_VERSION:
-            raise ValueError(
-                f"schema version {self.schema_version} is newer than {SCHEMA_VERSION}; update vlmprune"
-            )
+            raise ValueError(f"schema version {self.schema_version} is newer than {SCHEMA_VERSION}; update vlmprune")
         return self
 
     def select(self, **values: Any) -> list[ResultRow]:
         """Rows whose fields equal the given values, e.g. `select(task="scenes", family="all")`."""
-        return [
-            row for row in self.rows if all(getattr(row, name) == value for name, value in values.items())
-        ]
+        return [row for row in self.rows if all(getattr(row, name) == value for name, value in values.items())]
 
 
 def write_text_atomically(path: Path, text: str) -> Path:
@@ -228,9 +224,7 @@ def write_results(folder: Path, results: ResultsFile) -> Path:
 
 def write_samples(folder: Path, samples: Iterable[SampleRow]) -> Path:
     """Write `samples.jsonl` into a folder."""
-    return write_text_atomically(
-        folder / SAMPLES_NAME, "".join(row.model_dump_json() + "\n" for row in samples)
-    )
+    return write_text_atomically(folder / SAMPLES_NAME, "".join(row.model_dump_json() + "\n" for row in samples))
 
 
 def read_results(path: Path) -> ResultsFile:

@@ -54,9 +54,7 @@ def paired_bootstrap(
         ValueError: lengths differ or nothing is given.
     """
     if not len(first) == len(second) == len(clusters) or not len(first):
-        raise ValueError(
-            f"need equally many values, at least one: {len(first)}, {len(second)}, {len(clusters)}"
-        )
+        raise ValueError(f"need equally many values, at least one: {len(first)}, {len(second)}, {len(clusters)}")
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     names, cluster = np.unique(np.asarray(clusters), return_inverse=True)
     mean = float(difference.mean())

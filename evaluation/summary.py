@@ -46,11 +46,7 @@ class TaskRun:
             return []
         own = self.runs[cell.key].samples
         budget = random_budget(cell, mean_per_image([s.kept_layers for s in own], own))
-        return [
-            r
-            for r in self.runs.values()
-            if r.cell.name == RANDOM and not r.cell.params and r.cell.keep == budget
-        ]
+        return [r for r in self.runs.values() if r.cell.name == RANDOM and not r.cell.params and r.cell.keep == budget]
 
 
 def make_samples(

@@ -10,9 +10,7 @@ from vlmprune.evaluation.summary import HEADLINE
 MISSING = "–"
 
 
-def render_table(
-    rows: Sequence[ResultRow], families: Sequence[str] | None = None, title_tasks: bool = True
-) -> str:
+def render_table(rows: Sequence[ResultRow], families: Sequence[str] | None = None, title_tasks: bool = True) -> str:
     """Markdown tables, one per model and task: a line per policy and budget.
 
     Args:
@@ -99,9 +97,7 @@ def _line(group: dict[str, ResultRow], families: Sequence[str]) -> list[str]:
     if first is not None and first.diff_random is not None:
         difference = percent(first.diff_random, sign=True)
         if first.diff_ci_low is not None:
-            difference += (
-                f" ({percent(first.diff_ci_low, sign=True)} to {percent(first.diff_ci_high, sign=True)})"
-            )
+            difference += f" ({percent(first.diff_ci_low, sign=True)} to {percent(first.diff_ci_high, sign=True)})"
     return [
         _name(some),
         MISSING if some.policy == DENSE else keep_text(some.keep),

@@ -45,8 +45,7 @@ def read_training(folder: Path) -> Mapping[str, Any]:
 def training_aids(training: Mapping[str, Any]) -> list[str]:
     """What shaped attention in training, and what follows: the record's list, else that of the recipe."""
     given = training.get("training_aids", training.get("aids", AIDS))
-    aids = [given] if isinstance(given, str) else list(given)
-    return ["\n".join(f"- {aid}" for aid in aids), AIDS_NOTE]
+    return ["\n".join(_bullets([given] if isinstance(given, str) else given)), AIDS_NOTE]
 
 
 def training_facts(training: Mapping[str, Any]) -> list[str]:
@@ -62,9 +61,7 @@ def _bullets(value: Any, depth: int = 0) -> list[str]:
     lines = []
     for key, part in items:
         label = "" if key is None else f"{str(key).replace('_', ' ')}: "
-        if isinstance(part, Mapping) or (
-            isinstance(part, list) and any(isinstance(p, Mapping) for p in part)
-        ):
+        if isinstance(part, Mapping) or (isinstance(part, list) and any(isinstance(p, Mapping) for p in part)):
             lines += [f"{pad}- {label}".rstrip(), *_bullets(part, depth + 1)]
         else:
             shown = ", ".join(map(str, part)) if isinstance(part, list) else str(part)

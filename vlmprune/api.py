@@ -114,6 +114,7 @@ class Handle:
 def apply(
     model: nn.Module,
     policy: str | Policy | Path | Sequence[Any] | Mapping[str, Any],
+    /,
     *,
     processor: Any = None,
     spans: Spans | None = None,
@@ -163,7 +164,7 @@ def apply(
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, policy: Any, **arguments: Any) -> Iterator[Handle]:
+def applied(model: nn.Module, policy: Any, /, **arguments: Any) -> Iterator[Handle]:
     """:func:`apply` for the length of a ``with`` block."""
     handle = apply(model, policy, **arguments)
     try:

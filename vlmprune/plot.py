@@ -43,8 +43,8 @@ def plot_selection(
         dim: brightness of dropped tokens, 0 (black) to 1 (unchanged).
         groups: outline merged tokens by destination; False outlines every token that is part of one.
         scores: colour the outlines of unmerged kept tokens by their score, dark to bright.
-        processor: the processor that prepared the image: its resizing and cropping are repeated. Without it the
-            centre square is shown, which is right for processors that crop a square and nothing else.
+        processor: the processor that prepared the image: its resizing and cropping are repeated. Without it
+            the centre square is shown, which is right for processors that crop a square and nothing else.
 
     Returns:
         An RGB picture, enlarged by a whole number so that single tokens can be seen.

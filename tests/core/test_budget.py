@@ -155,9 +155,7 @@ def test_tokens_are_capped(tokens: int, n: int, minimum: int) -> None:
     assert Budget.parse(tokens).count(n, minimum=minimum) == min(tokens, n)
 
 
-@pytest.mark.parametrize(
-    ("n", "minimum", "expected"), [(100, 1, 1), (100, 0, 0), (100, 7, 7), (3, 7, 3), (0, 1, 0)]
-)
+@pytest.mark.parametrize(("n", "minimum", "expected"), [(100, 1, 1), (100, 0, 0), (100, 7, 7), (3, 7, 3), (0, 1, 0)])
 def test_minimum(n: int, minimum: int, expected: int) -> None:
     assert Budget.parse(0.001).count(n, minimum=minimum) == expected
 

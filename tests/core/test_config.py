@@ -156,9 +156,7 @@ def test_none_survives_yaml(tmp_path: Path) -> None:
 
 
 def test_lists_become_tuples() -> None:
-    read = config.from_dict(
-        {"policy": "full", "parameters": {"layers": [3, 0.5], "pairs": [[1, 2]], "keep": [0.5, 2]}}
-    )
+    read = config.from_dict({"policy": "full", "parameters": {"layers": [3, 0.5], "pairs": [[1, 2]], "keep": [0.5, 2]}})
     assert read == Full(layers=(3, 0.5), pairs=((1, 2),), keep=(0.5, 2))
     assert [type(layer) for layer in read.layers] == [int, float]  # type: ignore[attr-defined]
     assert read.keep == (0.5, 2)

@@ -95,9 +95,7 @@ def test_view_groups_hold_every_view_once(items: Any, keep: int) -> None:
 @given(items=ITEMS, keep=st.integers(1, 30))
 def test_view_counts_are_proportional(items: Any, keep: int) -> None:
     context = lay_out(items, keep)
-    for (grids, _), count, shares in zip(
-        items, context.counts(), context.view_counts(context.counts()), strict=True
-    ):
+    for (grids, _), count, shares in zip(items, context.counts(), context.view_counts(context.counts()), strict=True):
         areas = [height * width for height, width in grids]
         assert list(shares) == split_count(count, areas)
         assert all(abs(share - count * a / sum(areas)) < 1 for share, a in zip(shares, areas, strict=True))

@@ -39,9 +39,7 @@ def test_known_values_in_other_processes(repo_root: Path) -> None:
     """Neither the hash seed of Python nor torch's global generator has a say."""
     environment = {**os.environ, "PYTHONHASHSEED": "4242", "PYTHONPATH": str(repo_root)}
     arguments = [sys.executable, "-c", SCRIPT, json.dumps(list(KNOWN))]
-    done = subprocess.run(
-        arguments, env=environment, capture_output=True, text=True, check=True, cwd=repo_root
-    )
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True, cwd=repo_root)
     seeds, digest, draw = json.loads(done.stdout)
     assert seeds == list(KNOWN.values())
     assert digest == KNOWN_DIGEST

@@ -72,9 +72,7 @@ def test_all_parameters_are_listed_where_none_is_near(registry: Registry) -> Non
         registry.check_parameters("tunable", {"zzzzz": 1})
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("hiprun", "hiprune"), ("HiPrune", "hiprune"), ("div_prune", "divprune")]
-)
+@pytest.mark.parametrize(("name", "near"), [("hiprun", "hiprune"), ("HiPrune", "hiprune"), ("div_prune", "divprune")])
 def test_unknown_names_get_a_suggestion(registry: Registry, name: str, near: str) -> None:
     with pytest.raises(InputError, match=f"Unknown policy '{name}'.* Did you mean .*'{near}'"):
         registry.get(name)
@@ -146,9 +144,7 @@ def test_entry_points(site_packages: Path) -> None:
     assert [found.get(name).name for name in ("mine", "child")] == ["mine", "child"]
 
 
-def test_a_broken_plugin_is_logged_and_left_out(
-    site_packages: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_broken_plugin_is_logged_and_left_out(site_packages: Path, caplog: pytest.LogCaptureFixture) -> None:
     install(site_packages, "vp_broken", "import no_such_module_anywhere", {"broken": "vp_broken:X"})
     install(site_packages, "vp_good", PLUGIN, {"mine": "vp_good:Mine"})
     with caplog.at_level(logging.WARNING, logger="vlmprune"):

@@ -55,7 +55,5 @@ def test_parquet_carries_decodable_images(tmp_path):
     features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     assert features["image"] == {"_type": "Image"} and table.num_rows == 9673
     data, row = load_easy_vqa("test"), table.slice(77, 1).to_pylist()[0]
-    assert (
-        row["question"] == data.questions[77].question and row["image"]["bytes"] == data.png[row["image_id"]]
-    )
+    assert row["question"] == data.questions[77].question and row["image"]["bytes"] == data.png[row["image_id"]]
     assert path.stat().st_size < 2_000_000

@@ -79,9 +79,7 @@ def answer_from_objects(question, objects):
     if question.family == "colour":
         return [o.colour for o in objects if o.kind == kinds[0]]
     if question.family == "digit":
-        return [
-            str(o.digit) for o in objects if o.kind == "digit" and (not colours or o.colour == colours[0])
-        ]
+        return [str(o.digit) for o in objects if o.kind == "digit" and (not colours or o.colour == colours[0])]
     if question.family == "digit_colour":
         return [o.colour for o in objects if o.digit == int(numbers[0])]
     if question.family == "exist":
@@ -125,9 +123,7 @@ def test_targets_name_the_deciding_objects():
 
 def test_yes_and_no_and_sides_are_balanced():
     rng = np.random.default_rng(10)
-    answers = [
-        q.answer for s in scenes(300, 10) for q in draw_questions(rng, s, 8, {"exist": 1, "relation": 1})
-    ]
+    answers = [q.answer for s in scenes(300, 10) for q in draw_questions(rng, s, 8, {"exist": 1, "relation": 1})]
     assert 0.42 < np.mean([a == "yes" for a in answers]) < 0.58
     sides = [q.answer for s in scenes(300, 11) for q in draw_questions(rng, s, 4, {"side": 1})]
     assert all(0.18 < sides.count(word) / len(sides) < 0.32 for word in ("left", "right", "top", "bottom"))
@@ -136,9 +132,7 @@ def test_yes_and_no_and_sides_are_balanced():
 def test_held_out_questions_are_balanced_and_reproducible():
     rows = scene_questions(seed=1, n=80)
     again = scene_questions(seed=1, n=80)
-    assert [(r.image_id, r.question, r.answer) for r in rows] == [
-        (r.image_id, r.question, r.answer) for r in again
-    ]
+    assert [(r.image_id, r.question, r.answer) for r in rows] == [(r.image_id, r.question, r.answer) for r in again]
     assert len(rows) == 80 and len({r.image_id for r in rows}) >= 80 // 8
     counts = [sum(r.family == family for r in rows) for family in FAMILIES]
     assert max(counts) - min(counts) <= 3

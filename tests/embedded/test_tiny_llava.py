@@ -35,9 +35,7 @@ def test_unknown_name_is_refused_with_the_nearest_one():
 
 def test_loads_with_stock_classes(tiny):
     model, processor = tiny
-    assert type(model).__module__.startswith("transformers.") and type(processor).__module__.startswith(
-        "transformers."
-    )
+    assert type(model).__module__.startswith("transformers.") and type(processor).__module__.startswith("transformers.")
     assert model.dtype == torch.float32 and not model.training
     assert model.config.text_config.num_hidden_layers >= 6
     assert model.lm_head.weight.data_ptr() == model.model.language_model.embed_tokens.weight.data_ptr()
@@ -47,9 +45,7 @@ def test_loads_with_stock_classes(tiny):
 def test_one_image_becomes_exactly_196_placeholders(tiny):
     model, processor = tiny
     for size in ((224, 224), (64, 64), (300, 500)):
-        inputs = processor(
-            text=prompt("what digit is shown?"), images=Image.new("RGB", size), return_tensors="pt"
-        )
+        inputs = processor(text=prompt("what digit is shown?"), images=Image.new("RGB", size), return_tensors="pt")
         assert int((inputs["input_ids"] == model.config.image_token_index).sum()) == 196
         assert inputs["pixel_values"].shape == (1, 3, 224, 224)
 
@@ -73,17 +69,13 @@ def test_every_answer_is_one_token(tiny):
 
 def test_fast_tower_equals_the_stock_tower(tiny, images):
     model, processor = tiny
-    pixels = processor.image_processor(images=[Image.fromarray(i) for i in images], return_tensors="pt")[
-        "pixel_values"
-    ]
+    pixels = processor.image_processor(images=[Image.fromarray(i) for i in images], return_tensors="pt")["pixel_values"]
     tower = vision_tower(model)
     with torch.no_grad():
         stock = model.model.vision_tower(pixels, output_hidden_states=True)
         exact = tower_features(tower, patchify(torch.from_numpy(images)), dtype=torch.float32)
         torch.testing.assert_close(exact, stock.hidden_states[-2], atol=2e-4, rtol=2e-4)
-        torch.testing.assert_close(
-            tower_pooled(tower, exact, torch.float32), stock.pooler_output, atol=2e-4, rtol=2e-4
-        )
+        torch.testing.assert_close(tower_pooled(tower, exact, torch.float32), stock.pooler_output, atol=2e-4, rtol=2e-4)
         visual = model.model.multi_modal_projector(stock.hidden_states[-2][:, 1:])
         mine = project(model.model.multi_modal_projector, exact[:, 1:], torch.float32)
         torch.testing.assert_close(mine, visual, atol=2e-3, rtol=2e-3)

@@ -74,9 +74,7 @@ def test_both_runners_give_the_same_answers(tiny: tuple[Any, Any], tmp_path: Pat
 
 def test_a_policy_that_raises_is_a_failed_cell(tiny: tuple[Any, Any], tmp_path: Path, cache: Path) -> None:
     with pytest.raises(CellsFailed, match="the policy broke") as caught:
-        evaluate(
-            *tiny, policies=[Broken()], limit=4, runner="lmms-eval", cache=cache, random_seeds=0, **SETTINGS
-        )
+        evaluate(*tiny, policies=[Broken()], limit=4, runner="lmms-eval", cache=cache, random_seeds=0, **SETTINGS)
     assert {row.policy for row in caught.value.results.rows} == {"dense"}
     assert HANDLE not in tiny[0].__dict__
 
@@ -93,7 +91,7 @@ def test_the_entry_point_names_the_plugin(repo_root: Path, model_class: Any) -> 
 
 
 def test_the_cache_key_tells_policies_apart(tiny: tuple[Any, Any], model_class: Any) -> None:
-    """The harness keys stored answers by this text: it must differ by policy and budget and name no address."""
+    """The harness keys stored answers by this text: it must tell budgets apart and hold no address."""
     lm = model_class.wrap(*tiny, batch_size=4)
     keys = [str(lm)]
     others = [("uniform", 0.2), ("uniform", 0.3), ("grid", 0.2), ("uniform", 1), ("uniform", 1.0)]
@@ -166,10 +164,8 @@ def test_bad_model_args(model_class: Any, arguments: str, message: str) -> None:
         model_class.create_from_arg_string(arguments)
 
 
-def test_a_model_class_of_the_harness_can_be_pruned(
-    model_class: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A class that answers "" on any exception, as llava_hf does: the exception must come out nevertheless."""
+def test_a_model_class_of_the_harness_can_be_pruned(model_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exception must come out of a class that answers "" on any exception, as llava_hf does."""
     import lmms_eval.models
 
     from vlmprune.embedded import load_embedded

@@ -61,9 +61,7 @@ def test_policy_and_dense_alternate(
     assert prefill.kv_bytes_dense - prefill.kv_bytes == 150 * per_token
 
 
-def test_medians(
-    tiny: tuple[Any, Any], requests: list[native.Request], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_medians(tiny: tuple[Any, Any], requests: list[native.Request], monkeypatch: pytest.MonkeyPatch) -> None:
     """By a made-up clock dense takes 1, 3, 9 ms and the policy 2, 4, 100 ms; the warm-up does not count."""
     ticks = iter([0, 50, 0, 60, 0, 1, 0, 2, 0, 3, 0, 4, 0, 9, 0, 100])
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 1000))

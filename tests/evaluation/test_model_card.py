@@ -31,7 +31,9 @@ def results() -> ResultsFile:
 
 def test_the_card_states_what_was_measured(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(
-        json.dumps({"seed": 3, "stages": [{"name": "tower", "minutes": 40}], "aids": ["patch labels"]})
+        json.dumps(
+            {"seed": 3, "stages": [{"name": "tower", "minutes": 40}], "training_aids": {"patch_labels": "kind, colour"}}
+        )
     )
     (tmp_path / "curve.csv").write_text(CURVE)
     path = write_card(tmp_path, results())
@@ -42,7 +44,7 @@ def test_the_card_states_what_was_measured(tmp_path: Path) -> None:
     assert "Left out of the headline: relation." in text
     assert "At or near the text-only score, so not learned: relation (scenes)." in text
     assert "| hiprune | 22 % |" in text and "made up" in text
-    assert "- patch labels" in text and "attention supervision" not in text
+    assert "- patch labels: kind, colour" in text and "attention supervision" not in text
     assert "- seed: 3" in text and "  - name: tower" in text.replace("    ", "  ")
     curve = [line for line in text.splitlines() if line.startswith(("| 0 |", "| 990 |"))]
     assert curve == ["| 0 | 0 | 0.0 | 0.0000 | 0.0000 |", "| 990 | 31680 | 1.6 | 0.9900 | 0.9900 |"]
@@ -63,9 +65,7 @@ def test_what_the_card_refuses(tmp_path: Path) -> None:
             render_card(tmp_path, results())
 
 
-def test_the_command_rebuilds_the_card_from_stored_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_rebuilds_the_card_from_stored_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlmprune.evaluation.model_card.model_path", lambda name: tmp_path)
     write_results(tmp_path, results())
     main(["--keep-results"])

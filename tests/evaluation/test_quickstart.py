@@ -14,9 +14,7 @@ from vlmprune.evaluation.schema import read_results, read_samples
 @pytest.mark.slow
 def test_the_main_job(tmp_path: Path) -> None:
     shown: list[str] = []
-    done = quickstart(
-        tmp_path / "demo", limit=8, images=2, measure_time=False, progress=False, show=shown.append
-    )
+    done = quickstart(tmp_path / "demo", limit=8, images=2, measure_time=False, progress=False, show=shown.append)
     names = {path.name for path in (tmp_path / "demo").iterdir()}
     assert names == {"report.md", "results.json", "samples.jsonl", "overlay-1.png", "overlay-2.png"}
     cells = {(row.policy, row.keep) for row in read_results(tmp_path / "demo").rows}

@@ -93,10 +93,7 @@ def test_rows_follow_from_the_samples(measured: tuple[ResultsFile, Path]) -> Non
 
 def test_tokens(measured: tuple[ResultsFile, Path]) -> None:
     results, _ = measured
-    tokens = {
-        row.policy: (row.mean_visual_tokens, row.mean_kept_tokens, row.mean_kept_layers)
-        for row in results.rows
-    }
+    tokens = {row.policy: (row.mean_visual_tokens, row.mean_kept_tokens, row.mean_kept_layers) for row in results.rows}
     assert tokens["dense"] == (196, 196, 196)
     assert tokens["text_only"] == (None, None, None)
     assert tokens["uniform"] == (196, 21, 21)  # floor(0.11 * 196)
@@ -207,9 +204,7 @@ def test_an_inactive_policy_is_a_failed_cell(tiny: tuple[Any, Any], monkeypatch:
 
     monkeypatch.setattr(tiny[0], "generate", dense)
     with pytest.raises(CellsFailed, match="left no report"):
-        evaluate(
-            *tiny, policies=[config.resolve("uniform", keep=0.5)], random_seeds=0, **(SETTINGS | {"limit": 4})
-        )
+        evaluate(*tiny, policies=[config.resolve("uniform", keep=0.5)], random_seeds=0, **(SETTINGS | {"limit": 4}))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,10 @@ from vlmprune.core.sites import Site, SiteRequest
 
 @dataclass(frozen=True)
 class FixedKeep(Policy):
-    """Keeps listed tokens of every item: ``kept[i]`` for item ``i`` (image or sample)."""
+    """Keeps listed tokens of every item: ``kept[i]`` for item ``i`` (image or sample).
+
+    Where ``generate`` repeats the rows (beams, several returned sequences), each copy keeps the same.
+    """
 
     meta = PolicyMeta(title="fixed tokens, for tests")
     name = "fixed"
@@ -29,9 +32,20 @@ class FixedKeep(Policy):
 
     def select(self, context: Context) -> Selection:
         mask = torch.zeros_like(context.valid)
-        for item, tokens in enumerate(self.kept):
+        kept = self._repeated(context)
+        for item, tokens in enumerate(kept):
             mask[item, list(tokens)] = True
-        return Selection.from_mask(mask & context.valid, tuple(len(tokens) for tokens in self.kept))
+        return Selection.from_mask(mask & context.valid, tuple(len(tokens) for tokens in kept))
+
+    def _repeated(self, context: Context) -> list[tuple[int, ...]]:
+        """``kept`` of every item of a batch whose rows may be repeated."""
+        repeats = context.n_items // len(self.kept)
+        first = [item for item, row in enumerate(context.sample) if row % repeats == 0]
+        source = {(context.sample[item] // repeats, context.image_index(item)): i for i, item in enumerate(first)}
+        return [
+            self.kept[source[row // repeats, context.image_index(item)]]
+            for item, row in enumerate(context.sample)
+        ]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -15,7 +16,7 @@ from vlmprune.cli.output import print_error
 from vlmprune.core.errors import VlmpruneError
 
 # Newer typer brings its own copy of click, so the base of its errors is taken from a class that it exports.
-USAGE_ERRORS: tuple[type[Exception], ...] = tuple(
+USAGE_ERRORS: tuple[Any, ...] = tuple(
     cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
 )
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = build_app()(arguments or ["--help"], prog_name="vlmprune", standalone_mode=False)
     except USAGE_ERRORS as error:
-        print_error(error.format_message())  # type: ignore[attr-defined]
+        print_error(error.format_message())
         return 2
     except VlmpruneError as error:
         print_error(str(error))

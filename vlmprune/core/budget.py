@@ -52,14 +52,10 @@ class Budget:
         if isinstance(value, str):
             return cls._parse_text(value)
         if isinstance(value, bool):
-            raise BudgetError(
-                f"keep={value!r} is not a budget; give a share such as 0.33 or a number of tokens."
-            )
+            raise BudgetError(f"keep={value!r} is not a budget; give a share such as 0.33 or a number of tokens.")
         if isinstance(value, Integral):  # Integral and Real take NumPy's scalars too
             if value < 1:
-                raise BudgetError(
-                    f"keep={value} tokens is out of range; give at least 1 token, or a share in (0, 1]."
-                )
+                raise BudgetError(f"keep={value} tokens is out of range; give at least 1 token, or a share in (0, 1].")
             return cls(tokens=int(value))
         if isinstance(value, Real):
             return cls(share=_checked_share(float(value), "keep"))
@@ -126,9 +122,7 @@ class Budget:
         if self.tokens is not None:
             return min(self.tokens, n)
         if self.share is None:
-            raise BudgetError(
-                f"{self} does not name a number of tokens; this policy takes a share or a token count."
-            )
+            raise BudgetError(f"{self} does not name a number of tokens; this policy takes a share or a token count.")
         return min(n, max(minimum, _ROUND[rounding](self.share * n)))
 
     def describe(self) -> str | float | int | list[Any]:

@@ -55,9 +55,7 @@ def from_dict(data: Any) -> Policy:
     except ValidationError as error:
         raise InputError(f"Not a policy config: {_first_error(error)}") from None
     if config.version > CONFIG_VERSION:
-        raise InputError(
-            f"Policy config version {config.version} is newer than {CONFIG_VERSION}; update vlmprune."
-        )
+        raise InputError(f"Policy config version {config.version} is newer than {CONFIG_VERSION}; update vlmprune.")
     return build(config.policy, config.parameters)
 
 
@@ -137,9 +135,7 @@ def resolve(policy: str | Policy | Path | Sequence[Any] | Mapping[str, Any], /, 
     if keep is None:
         return compose([resolve(member) for member in members])
     if not isinstance(keep, (list, tuple)) or len(keep) != len(members):
-        raise InputError(
-            f"A composition of {len(members)} policies takes one keep per policy, a list; got {keep!r}."
-        )
+        raise InputError(f"A composition of {len(members)} policies takes one keep per policy, a list; got {keep!r}.")
     given = [{} if part is None else {"keep": part} for part in keep]
     return compose([resolve(member, **part) for member, part in zip(members, given, strict=True)])
 

@@ -86,9 +86,7 @@ class Context:
         try:
             return self.signals[signal]
         except KeyError:
-            raise SignalError(
-                f"{signal} was not delivered at {self.site}; request it in requests()."
-            ) from None
+            raise SignalError(f"{signal} was not delivered at {self.site}; request it in requests().") from None
 
     @property
     def candidates(self) -> Tensor:
@@ -124,8 +122,7 @@ class Context:
     def view_counts(self, counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Each item's count shared among its views in proportion to their tokens; the shares add up."""
         return tuple(
-            tuple(split_count(count, [v.length for v in self.item_views(item)]))
-            for item, count in enumerate(counts)
+            tuple(split_count(count, [v.length for v in self.item_views(item)])) for item, count in enumerate(counts)
         )
 
     def image_index(self, item: int) -> int:
@@ -142,9 +139,7 @@ class Context:
         """
         groups: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
         for item in range(self.n_items):
-            for number, (view, count) in enumerate(
-                zip(self.item_views(item), view_counts[item], strict=True)
-            ):
+            for number, (view, count) in enumerate(zip(self.item_views(item), view_counts[item], strict=True)):
                 groups.setdefault((view.height, view.width, count), []).append((item, number))
         for (height, width, count), places in groups.items():
             item_index = on_device([item for item, _ in places], self.device)

@@ -29,9 +29,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     if min(height, width) < 1:
         raise InputError(f"An image of {width} x {height} pixels is empty.")
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise InputError(
-            f"An image of {width} x {height} pixels is too long: sides may differ {MAX_ASPECT}-fold."
-        )
+        raise InputError(f"An image of {width} x {height} pixels is too long: sides may differ {MAX_ASPECT}-fold.")
     sides = (height, width)
     area = height * width
     nearest = [factor * round(side / factor) for side in sides]

@@ -88,9 +88,7 @@ class Policy:
         """Decide one site: dispatches to ``select_<site>``."""
         method = getattr(self, f"select_{context.site.value}", None)
         if method is None:
-            raise NotImplementedError(
-                f"{type(self).__name__} requested {context.site} but has no method for it."
-            )
+            raise NotImplementedError(f"{type(self).__name__} requested {context.site} but has no method for it.")
         return method(context)
 
     def reduces(self, info: ModelInfo) -> bool:
@@ -126,8 +124,8 @@ class Policy:
         """Refuse a budget that this policy cannot meet on a model.
 
         Raises:
-            BudgetError: a number of tokens above the fixed number per image, or a FLOP share for a policy that
-                does not take one.
+            BudgetError: a number of tokens above the fixed number per image, or a FLOP share for a policy
+                that does not take one.
         """
         if not self.takes_flops and self.budget.has_flops:
             raise BudgetError(f"{self.name!r} takes a share or a number of tokens, not {self.budget}.")

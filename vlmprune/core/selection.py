@@ -70,9 +70,7 @@ class Selection:
         return cls(valid.shape[1], kept, (0,) * valid.shape[0])
 
     @classmethod
-    def from_mask(
-        cls, keep: Tensor, counts: tuple[int, ...] | None = None, scores: Tensor | None = None
-    ) -> Selection:
+    def from_mask(cls, keep: Tensor, counts: tuple[int, ...] | None = None, scores: Tensor | None = None) -> Selection:
         """Keep where ``keep [I, N]`` is True; ``counts`` (True entries per item) avoid a device sync."""
         if counts is None:
             counts = tuple(keep.sum(1).tolist())
@@ -174,9 +172,7 @@ class Selection:
         if self.group_id is not None and later.group_id is not None and self.mode == later.mode != "mean":
             group = compose_groups(self.group_id, later.group_id)
             return replace(self, group_id=group, n_out=later.n_outputs, counts=later.counts)
-        raise ValueError(
-            "These selections compose only as source maps: a.source_map().compose(b.source_map())."
-        )
+        raise ValueError("These selections compose only as source maps: a.source_map().compose(b.source_map()).")
 
     def source_map(self) -> SourceMap:
         """The dense source map ``[I, M, N]``; group members weigh equally unless the mode is ``wavg``."""

@@ -41,9 +41,7 @@ def model_path(name: str = "tiny-llava") -> Path:
     """
     if name not in _MODELS:
         near = difflib.get_close_matches(name, _MODELS, n=1, cutoff=0.0)
-        raise _input_error(
-            f"unknown embedded model {name!r}; did you mean {near[0]!r}? Known: {', '.join(_MODELS)}"
-        )
+        raise _input_error(f"unknown embedded model {name!r}; did you mean {near[0]!r}? Known: {', '.join(_MODELS)}")
     return Path(__file__).parent / "assets" / name
 
 

@@ -142,8 +142,7 @@ def _outline(kind: str, turn: int) -> list[tuple[float, float]]:
     if kind == "star":
         radii = (1.05, 0.45)
         return [
-            (radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5))
-            for i in range(10)
+            (radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5)) for i in range(10)
         ]
     raise ValueError(f"unknown shape {kind!r}; choose one of {', '.join(SHAPES)}")
 
@@ -159,9 +158,7 @@ def draw_digit(image: np.ndarray, size: int, angle: float, shear: float) -> Mask
     half = size / 2
     x0, y0 = (left + right) / 2, (top + bottom) / 2
     matrix = (a, b, x0 - a * half - b * half, d, e, y0 - d * half - e * half)
-    stroke = Image.fromarray(image).transform(
-        (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
-    )
+    stroke = Image.fromarray(image).transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     # Handwriting is thin and grey at its edges: steepen it so that the colour of the stroke stays readable.
     fill = np.minimum(np.asarray(stroke).astype(np.uint16) * 3 // 2, 255).astype(np.uint8)
     return Mask(fill, _card(size))
@@ -183,8 +180,6 @@ def _scribbles() -> tuple[np.ndarray, ...]:
         side = int(rng.integers(24, 60))
         canvas = Image.new("L", (side * 2, side * 2))
         points = rng.uniform(4, side * 2 - 4, size=(int(rng.integers(4, 8)), 2))
-        ImageDraw.Draw(canvas).line(
-            [tuple(p) for p in points], fill=255, width=int(rng.integers(3, 7)), joint="curve"
-        )
+        ImageDraw.Draw(canvas).line([tuple(p) for p in points], fill=255, width=int(rng.integers(3, 7)), joint="curve")
         out.append(np.asarray(canvas.resize((side, side), Image.Resampling.BOX)))
     return tuple(out)

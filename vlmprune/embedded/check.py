@@ -80,13 +80,9 @@ class Answerer:
             rows.append(torch.cat([table[ids[:place]], tokens, table[ids[place + 1 :]]]))
         length = max(len(row) for row in rows)
         embeds = torch.stack([F.pad(row, (0, 0, length - len(row), 0)) for row in rows])
-        mask = torch.stack(
-            [F.pad(torch.ones(len(row), dtype=torch.long), (length - len(row), 0)) for row in rows]
-        )
+        mask = torch.stack([F.pad(torch.ones(len(row), dtype=torch.long), (length - len(row), 0)) for row in rows])
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        hidden = core.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)[0][
-            :, -1
-        ]
+        hidden = core.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)[0][:, -1]
         return [tokenizer.decode([i]).strip().lower() for i in self.model.lm_head(hidden).argmax(-1).tolist()]
 
 
@@ -147,11 +143,7 @@ def easy_accuracy(answerer: Answerer, limit: int, confirm: int = 200) -> dict[st
         answers = answerer.first_words(tokens[0], [questions[i].question for i in members])
         for i, word in zip(members, answers, strict=True):
             words[i] = word
-    picks = (
-        np.random.default_rng(0)
-        .choice(len(questions), size=min(confirm, len(questions)), replace=False)
-        .tolist()
-    )
+    picks = np.random.default_rng(0).choice(len(questions), size=min(confirm, len(questions)), replace=False).tolist()
     stock = answerer.generate(
         [data.image(questions[i].image_id) for i in picks], [questions[i].question for i in picks]
     )

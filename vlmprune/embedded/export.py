@@ -50,10 +50,7 @@ def _rename_tower(path: Path) -> None:
     """Store tower weights under the name of 4.57, which 5.x maps to its own."""
     old, new = "vision_tower.", "vision_tower.vision_model."
     weights = load_file(path)
-    named = {
-        k if k.startswith(new) or not k.startswith(old) else new + k[len(old) :]: v
-        for k, v in weights.items()
-    }
+    named = {k if k.startswith(new) or not k.startswith(old) else new + k[len(old) :]: v for k, v in weights.items()}
     save_file(named, path, metadata={"format": "pt"})
 
 

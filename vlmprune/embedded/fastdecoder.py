@@ -71,9 +71,7 @@ def decode(
         q_branch, k_branch, v_branch = (
             t[:, :, n_prefix:].reshape(batch, heads, n_branch, length, head_dim) for t in (q, k, v)
         )
-        to_prefix = (q_branch.flatten(2, 3) @ k_prefix.transpose(2, 3)).view(
-            batch, heads, n_branch, length, n_prefix
-        )
+        to_prefix = (q_branch.flatten(2, 3) @ k_prefix.transpose(2, 3)).view(batch, heads, n_branch, length, n_prefix)
         to_own = q_branch @ k_branch.transpose(3, 4) + branch_mask
         weights = torch.softmax(torch.cat([to_prefix, to_own], dim=-1), dim=-1)
         on_prefix, on_own = weights[..., :n_prefix], weights[..., n_prefix:]

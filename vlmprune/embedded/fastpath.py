@@ -83,11 +83,7 @@ def _clip_block(layer: nn.Module, x: Tensor, context: Tensor, dtype: torch.dtype
     heads, head_dim = attention.num_heads, width // attention.num_heads
     normed = _layer_norm(context, layer.layer_norm1).to(dtype)
     scale = 1 / math.sqrt(head_dim)
-    q = (
-        _linear(normed[:, :length], attention.q_proj, dtype)
-        .view(batch, length, heads, head_dim)
-        .transpose(1, 2)
-    )
+    q = _linear(normed[:, :length], attention.q_proj, dtype).view(batch, length, heads, head_dim).transpose(1, 2)
     k = _linear(normed, attention.k_proj, dtype).view(batch, -1, heads, head_dim).transpose(1, 2)
     v = _linear(normed, attention.v_proj, dtype).view(batch, -1, heads, head_dim).transpose(1, 2)
     weights = torch.softmax((q * scale) @ k.transpose(2, 3), dim=-1)

@@ -79,9 +79,7 @@ def write_easy_vqa(path: Path, split: str) -> None:
     questions = easy_vqa.get_train_questions() if split == "train" else easy_vqa.get_test_questions()
     with zipfile.ZipFile(path, "w") as archive:
         rows = [list(row) for row in zip(*questions, strict=True)]
-        _write(
-            archive, "questions.json", json.dumps(rows, separators=(",", ":")).encode(), zipfile.ZIP_DEFLATED
-        )
+        _write(archive, "questions.json", json.dumps(rows, separators=(",", ":")).encode(), zipfile.ZIP_DEFLATED)
         for image_id in sorted(files):
             buffer = io.BytesIO()
             Image.open(files[image_id]).convert("RGB").save(buffer, "PNG", optimize=True)

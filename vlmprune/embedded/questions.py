@@ -183,9 +183,7 @@ def _ask_exist(rng: np.random.Generator, scene: Scene) -> Question | None:
         colour, kind = _pick(rng, absent)
     hits = tuple(i for i, o in enumerate(scene.objects) if _name(o) == (colour, kind))
     thing = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {kind}"
-    text = _pick(rng, ("is there {}?", "is there {} in the image?", "does the image contain {}?")).format(
-        thing
-    )
+    text = _pick(rng, ("is there {}?", "is there {} in the image?", "does the image contain {}?")).format(thing)
     return Question("exist", text, "yes" if hits else "no", hits, hits)
 
 

@@ -89,9 +89,7 @@ class SceneSettings:
 HELD_OUT = SceneSettings(plain=0.0)
 
 
-def generate_scene(
-    rng: np.random.Generator, split: str = "train", settings: SceneSettings = SceneSettings()
-) -> Scene:
+def generate_scene(rng: np.random.Generator, split: str = "train", settings: SceneSettings = SceneSettings()) -> Scene:
     """Draw one scene.
 
     Args:
@@ -132,9 +130,7 @@ def _plan(rng: np.random.Generator, settings: SceneSettings) -> list[SceneObject
     return [SceneObject(kind, COLOURS[int(c)], (0, 0, 0, 0)) for kind, c in zip(kinds, colours, strict=True)]
 
 
-def _draw(
-    rng: np.random.Generator, bank: Bank, kind: str, settings: SceneSettings
-) -> tuple[Mask, int | None]:
+def _draw(rng: np.random.Generator, bank: Bank, kind: str, settings: SceneSettings) -> tuple[Mask, int | None]:
     if kind != DIGIT:
         low, high = settings.shape_size
         size = int(rng.integers(low // 2, high // 2 + 1)) * 2
@@ -154,17 +150,14 @@ def _place(
     for x, y in tries:
         x1, y1 = x + width, y + height
         free = all(
-            x >= b[2] + MARGIN or x1 + MARGIN <= b[0] or y >= b[3] + MARGIN or y1 + MARGIN <= b[1]
-            for b in taken
+            x >= b[2] + MARGIN or x1 + MARGIN <= b[0] or y >= b[3] + MARGIN or y1 + MARGIN <= b[1] for b in taken
         )
         if free:
             return x, y, x1, y1
     return None
 
 
-def _paint(
-    rng: np.random.Generator, image: np.ndarray, mask: Mask, box: tuple[int, ...], colour: str
-) -> None:
+def _paint(rng: np.random.Generator, image: np.ndarray, mask: Mask, box: tuple[int, ...], colour: str) -> None:
     base = np.asarray(PALETTE[colour], dtype=np.float32)
     value = np.clip(base + rng.integers(-COLOUR_JITTER, COLOUR_JITTER + 1, size=3), 0, 255).astype(np.float32)
     # The ground contrasts with the colour, so that every object is visible on any background.
@@ -187,9 +180,7 @@ def _claim_patches(
     x0, y0, x1, y1 = box
     px0, py0, px1, py1 = x0 // PATCH_SIZE, y0 // PATCH_SIZE, -(-x1 // PATCH_SIZE), -(-y1 // PATCH_SIZE)
     window = np.zeros(((py1 - py0) * PATCH_SIZE, (px1 - px0) * PATCH_SIZE), dtype=np.int64)
-    window[y0 - py0 * PATCH_SIZE : y1 - py0 * PATCH_SIZE, x0 - px0 * PATCH_SIZE : x1 - px0 * PATCH_SIZE] = (
-        ground
-    )
+    window[y0 - py0 * PATCH_SIZE : y1 - py0 * PATCH_SIZE, x0 - px0 * PATCH_SIZE : x1 - px0 * PATCH_SIZE] = ground
     covered = window.reshape(py1 - py0, PATCH_SIZE, px1 - px0, PATCH_SIZE).sum(axis=(1, 3))
     part = (slice(py0, py1), slice(px0, px1))
     wins = covered > best[part]

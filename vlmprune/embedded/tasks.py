@@ -46,9 +46,7 @@ def scene_questions(seed: int = 0, n: int = 300, per_scene: int = 6) -> list[Sce
         ValueError: `n` or `per_scene` out of range.
     """
     if n < 1 or not 1 <= per_scene <= len(FAMILIES):
-        raise ValueError(
-            f"need n >= 1 and 1 <= per_scene <= {len(FAMILIES)}, got n={n}, per_scene={per_scene}"
-        )
+        raise ValueError(f"need n >= 1 and 1 <= per_scene <= {len(FAMILIES)}, got n={n}, per_scene={per_scene}")
     rng = np.random.default_rng([HELD_OUT_STREAM, seed])
     used: Counter[str] = Counter(dict.fromkeys(FAMILIES, 0))
     rows: list[SceneQuestion] = []

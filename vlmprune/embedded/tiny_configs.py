@@ -62,9 +62,7 @@ def random_llava(
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     if image_size % patch_size:
-        raise ValueError(
-            f"image_size {image_size} is not a multiple of patch_size {patch_size}; choose one that is"
-        )
+        raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}; choose one that is")
     config = LlavaConfig(
         vision_config=_vision_config(vision, vision_depth, hidden, heads, image_size, patch_size),
         text_config=_text_config(text, text_layers, hidden, heads, kv_heads or heads, vocab_size),

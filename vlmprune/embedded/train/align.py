@@ -55,9 +55,7 @@ def word_targets(entry: Entry) -> np.ndarray:
         for item in entry.scene.objects:
             words = {item.colour, item.kind} | ({str(item.digit)} if item.digit is not None else set())
             x, y = item.centre
-            rows.append(
-                words | {"left" if x < IMAGE_SIZE / 2 else "right", "top" if y < IMAGE_SIZE / 2 else "bottom"}
-            )
+            rows.append(words | {"left" if x < IMAGE_SIZE / 2 else "right", "top" if y < IMAGE_SIZE / 2 else "bottom"})
     else:
         facts = image_facts([(q.question, q.answer) for q in entry.easy])
         rows.append({word for word in facts if word is not None})

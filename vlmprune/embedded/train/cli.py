@@ -81,6 +81,4 @@ def main() -> None:
     settings = StageSettings(
         minutes=args.minutes, batch=args.batch or batch, lr=args.lr or lr, seed=args.seed, warmup=100
     )
-    mp.start_processes(
-        _run, (args.stage, args.ranks, args.out, settings), nprocs=args.ranks, start_method="spawn"
-    )
+    mp.start_processes(_run, (args.stage, args.ranks, args.out, settings), nprocs=args.ranks, start_method="spawn")

@@ -156,6 +156,4 @@ def start_rank(rank: int, world: int, out: Path) -> None:
         # A session of its own: the kernel's autogroup scheduling else gives all ranks one process's share.
         os.setsid()
         rendezvous = out / "rendezvous"
-        dist.init_process_group(
-            "gloo", init_method=f"file://{rendezvous.resolve()}", rank=rank, world_size=world
-        )
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous.resolve()}", rank=rank, world_size=world)

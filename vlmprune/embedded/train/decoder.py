@@ -20,7 +20,7 @@ from ..fastdecoder import decode
 from ..fastpath import patchify, project, tower_features
 from ..questions import FAMILIES, Question, ask
 from ..scenes import GRID, HELD_OUT, Scene, generate_scene
-from .batches import ALL, LOOKUP, Batch, Encoder, choose_tokens, make_batch
+from .batches import ALL, LATE, LOOKUP, Batch, Encoder, choose_tokens, make_batch
 from .common import (
     Clock,
     FlatParameters,
@@ -39,6 +39,7 @@ FOCUS_WEIGHT = 0.5
 END_WEIGHT = 0.1
 QUESTIONS_PER_IMAGE = 10
 LOOKUP_SHARE = 0.15  # of the time, before the other families join
+LATE_FROM = 0.3
 INSTRUCTION_SHARE = 0.12
 STAGE_SEED = 21
 
@@ -53,9 +54,7 @@ def prefix_embeddings(model: nn.Module, encoder: Encoder, features: Tensor) -> T
     return torch.cat([before, visual, newline], dim=1)
 
 
-def answer_logits(
-    model: nn.Module, encoder: Encoder, features: Tensor, batch: Batch
-) -> tuple[Tensor, Tensor, Tensor]:
+def answer_logits(model: nn.Module, encoder: Encoder, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits at `ASSISTANT:` and at the answer `[B, Q, vocab]`; attention of the former `[B, Q, H, V]`."""
     prefix = prefix_embeddings(model, encoder, features)
     output = decode(model.model.language_model, prefix, batch.ids, FOCUS_LAYER)
@@ -70,9 +69,7 @@ def answer_logits(
     return logits[0], logits[1], rows[..., start : start + batch.kept.shape[1]]
 
 
-def decoder_loss(
-    model: nn.Module, encoder: Encoder, features: Tensor, batch: Batch
-) -> tuple[Tensor, Tensor, Tensor]:
+def decoder_loss(model: nn.Module, encoder: Encoder, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, whether each answer was right `[B, Q]`, and the mean attention mass on the right object."""
     answer, end, attention = answer_logits(model, encoder, features, batch)
     loss = F.cross_entropy(answer.flatten(0, 1), batch.answers.flatten())
@@ -144,9 +141,7 @@ def _gather(features: Tensor, kept: Tensor) -> Tensor:
     return features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
 
 
-def train_decoder(
-    rank: int, world: int, out: Path, settings: StageSettings, model: nn.Module, tokenizer: Any
-) -> None:
+def train_decoder(rank: int, world: int, out: Path, settings: StageSettings, model: nn.Module, tokenizer: Any) -> None:
     """Run or resume stage 2 on a model whose tower is trained and whose projector is aligned.
 
     Checkpoints go to `out/decoder.pt`, the curve to `out/curve.csv`.
@@ -164,7 +159,7 @@ def train_decoder(
         flat.average.copy_(state["average"])
         optimizer.load_state_dict(state["optimizer"])
     cache_rng = np.random.default_rng([settings.seed, STAGE_SEED, rank, step, 1])
-    cache = SceneCache(tower, cache_rng, 4000, load_easy_vqa("train"))
+    cache = SceneCache(tower, cache_rng, 2500, load_easy_vqa("train"))
     held_out = HeldOut(tower, encoder) if rank == 0 else None
     clock.skip()
     progress, last_save, last_eval = clock.tick(), clock.elapsed, clock.elapsed
@@ -175,7 +170,7 @@ def train_decoder(
         entries, features = cache.sample(rng, settings.batch)
         shared = np.random.default_rng([settings.seed, STAGE_SEED, step])  # ranks take equally long steps
         kept = choose_tokens(shared, np.stack([e.owner for e in entries]), progress)
-        weights = LOOKUP if progress < LOOKUP_SHARE else ALL
+        weights = LOOKUP if progress < LOOKUP_SHARE else ALL if progress < LATE_FROM else LATE
         batch = make_batch(
             rng,
             encoder,

@@ -78,9 +78,7 @@ class SceneCache:
         if self.pictures is not None and rng.random() < self.easy_share:
             image_id = self.pictures.ids[int(rng.integers(len(self.pictures.ids)))]
             image = self.pictures.load(rng, image_id)
-            cells = (
-                object_mask(image).reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).sum(axis=(1, 3)).reshape(-1)
-            )
+            cells = object_mask(image).reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).sum(axis=(1, 3)).reshape(-1)
             return image, Entry(np.where(cells > 10, 0, -1).astype(np.int16), easy=self.by_image[image_id])
         scene = generate_scene(rng, "train", TRAIN_SCENES)
         bare = Scene(np.empty(0, np.uint8), scene.objects, scene.patch_object, scene.background)

@@ -67,9 +67,7 @@ def scene_settings(progress: float) -> SceneSettings:
     )
 
 
-def draw_batch(
-    rng: np.random.Generator, batch: int, progress: float, easy: EasyPictures
-) -> tuple[np.ndarray, Labels]:
+def draw_batch(rng: np.random.Generator, batch: int, progress: float, easy: EasyPictures) -> tuple[np.ndarray, Labels]:
     """A training batch: uint8 images `[B, 224, 224, 3]` and labels."""
     labels, settings = Labels(batch), scene_settings(progress)
     images = np.empty((batch, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
@@ -90,9 +88,7 @@ def choose_patches(rng: np.random.Generator, labels: Labels, count: int) -> np.n
     return np.sort(np.argpartition(-priority, count - 1, axis=1)[:, :count], axis=1)
 
 
-def tower_loss(
-    tower: nn.Module, heads: TowerHeads, images: np.ndarray, labels: Labels, index: np.ndarray
-) -> Tensor:
+def tower_loss(tower: nn.Module, heads: TowerHeads, images: np.ndarray, labels: Labels, index: np.ndarray) -> Tensor:
     """Weighted sum of the dense and the image-level losses."""
     chosen = torch.from_numpy(index)
     patches = patchify(torch.from_numpy(images))
@@ -115,9 +111,7 @@ def tower_loss(
     kind_weight = torch.where(kind == N_KINDS, 0.25, 1.0) + ((kind >= len(SHAPES)) & (kind < N_KINDS)).float()
     colour_weight = torch.where(colour == N_COLOURS, 0.25, 1.0)
     scale = on_object.sum().clamp(min=1.0)
-    loss_kind = (
-        F.cross_entropy(kind_logits.transpose(1, 2), kind, reduction="none") * kind_weight
-    ).sum() / scale
+    loss_kind = (F.cross_entropy(kind_logits.transpose(1, 2), kind, reduction="none") * kind_weight).sum() / scale
     loss_colour = (
         F.cross_entropy(colour_logits.transpose(1, 2), colour, reduction="none") * colour_weight
     ).sum() / scale
@@ -133,9 +127,7 @@ def tower_loss(
 
 
 @torch.no_grad()
-def evaluate_tower(
-    tower: nn.Module, heads: TowerHeads, n_scenes: int = 128, seed: int = 99
-) -> dict[str, float]:
+def evaluate_tower(tower: nn.Module, heads: TowerHeads, n_scenes: int = 128, seed: int = 99) -> dict[str, float]:
     """Held-out accuracy per object patch, per digit object, and false objects on the background."""
     rng = np.random.default_rng(seed)
     settings = replace(HELD_OUT, digit_weights=(0.0, 0.3, 0.4, 0.3))
@@ -189,6 +181,7 @@ def train_tower(rank: int, world: int, out: Path, settings: StageSettings) -> No
         flat.average.copy_(state["average"])
         optimizer.load_state_dict(state["optimizer"])
     easy = EasyPictures(load_easy_vqa("train"))
+    clock.skip()
     progress, running, last_save, last_eval = clock.tick(), torch.zeros(()), clock.elapsed, clock.elapsed
     while progress < 1.0:
         rng = np.random.default_rng([settings.seed, STAGE_SEED, rank, step])

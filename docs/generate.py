@@ -1,0 +1,142 @@
+"""Writes the generated parts of README.md and docs/: tables from the registry and from measured rows, and the picture.
+
+    python docs/generate.py            # rewrite what changed
+    python docs/generate.py --check    # exit 1 if a table is out of date
+    python docs/generate.py --picture  # draw docs/overlay.png again
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+
+from vlmprune.cli.catalogue import policy_facts  # noqa: E402
+from vlmprune.core.registry import registry  # noqa: E402
+from vlmprune.embedded import model_path  # noqa: E402
+from vlmprune.evaluation.schema import read_results  # noqa: E402
+from vlmprune.evaluation.tables import render_table  # noqa: E402
+
+MODEL = "tiny-llava"
+PICTURE = ROOT / "docs" / "overlay.png"
+PICTURE_POLICIES = (("hiprune", 0.11), ("todre", 0.11), ("random", 0.11))
+PICTURE_SEED = 11
+README_TASK = "scenes"
+
+
+def policies_table() -> str:
+    """All registered policies, one line each."""
+    lines = [
+        "| Policy | Sites | What it is | Paper | Official code |",
+        "|---|---|---|---|---|",
+    ]
+    for name in registry.available():
+        facts = policy_facts(name)
+        paper = f"[{facts['arxiv']}](https://arxiv.org/abs/{facts['arxiv']})" if facts["arxiv"] else "–"
+        sites = ", ".join(f"`{site}`" for site in facts["sites"])
+        lines.append(f"| `{name}` | {sites} | {facts['title']} | {paper} | {facts['code_licence']} |")
+    return "\n".join(lines)
+
+
+def results_table() -> str:
+    """The scene rows that were measured for the model card, with where they were measured."""
+    return _measured(lambda task: task == README_TASK)
+
+
+def all_results() -> str:
+    """Every measured row of the embedded model."""
+    return _measured(lambda task: True)
+
+
+def _measured(wanted: Callable[[str], bool]) -> str:
+    results = read_results(model_path(MODEL))
+    rows = [row for row in results.rows if wanted(row.task)]
+    stamp = rows[0].stamp
+    where = (
+        f"Measured {stamp.started[:10]} on {stamp.device}, {stamp.dtype}, {stamp.attention} attention, "
+        f"torch {stamp.versions['torch']}, transformers {stamp.versions['transformers']}."
+    )
+    return f"{render_table(rows)}\n\n{where}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "policies": policies_table,
+    "results": results_table,
+    "all-results": all_results,
+}
+FILES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+
+
+def regenerated(text: str) -> str:
+    """``text`` with everything between ``<!-- NAME:start -->`` and ``<!-- NAME:end -->`` made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{BLOCKS[match[2]]()}\n{match[3]}"
+
+    pattern = re.compile(r"(<!-- ([\w-]+):start -->).*?(<!-- \2:end -->)", re.DOTALL)
+    return pattern.sub(fill, text)
+
+
+def draw_picture() -> Image.Image:
+    """Kept tokens of several policies on one held-out scene, with the dense and the pruned answer."""
+    import vlmprune
+    from vlmprune.embedded.tasks import scene_questions
+    from vlmprune.evaluation.prompts import answer_batch
+
+    model, processor = vlmprune.load_embedded(MODEL)
+    question = scene_questions(seed=PICTURE_SEED, n=1)[0]
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.question}]}]
+    prompt = processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    generation = {"max_new_tokens": 4, "do_sample": False}
+
+    def ask() -> str:
+        return answer_batch(model, processor, [prompt], [[question.image]], generation)[0][0].strip()
+
+    panels = [(f"all tokens: {ask()}", question.image.convert("RGB"))]
+    for name, keep in PICTURE_POLICIES:
+        with vlmprune.applied(model, name, keep=keep) as handle:
+            answer = ask()
+            picture = vlmprune.plot_selection(question.image, handle.last, processor=processor)
+            panels.append((f"{name}, {handle.last.kept_tokens[0]} of {handle.last.visual_tokens[0]}: {answer}", picture))
+    return _side_by_side(panels, question.question)
+
+
+def _side_by_side(panels: list[tuple[str, Image.Image]], title: str, size: int = 224, line: int = 20) -> Image.Image:
+    sheet = Image.new("RGB", (len(panels) * (size + 8) - 8, size + 2 * line), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw.text((0, 2), title, fill="black", font=font)
+    for i, (text, picture) in enumerate(panels):
+        left = i * (size + 8)
+        sheet.paste(picture.resize((size, size), Image.Resampling.LANCZOS), (left, line))
+        draw.text((left, line + size + 2), text, fill="black", font=font)
+    return sheet
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--picture", action="store_true")
+    options = parser.parse_args()
+    stale = [path for path in FILES if regenerated(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")]
+    if options.check:
+        for path in stale:
+            sys.stderr.write(f"{path.relative_to(ROOT)} is out of date; run python docs/generate.py\n")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(regenerated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    if options.picture:
+        draw_picture().save(PICTURE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
