@@ -6,6 +6,7 @@ inside it they are what is stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,25 +44,48 @@ class LayerTokens:
         shift = None if self.shift is None else self.shift[index]
         return LayerTokens(self.index[index], self.valid[index], self.full, shift)
 
+    def without_last(self, count: int) -> LayerTokens:
+        """The same without the last ``count`` tokens."""
+        n = self.length - count
+        return LayerTokens(self.index[:, :n], self.valid[:, :n], self.full, self.shift)
+
 
 @dataclass
 class PromptState:
-    """Kept prompt tokens of every decoder layer."""
+    """Kept prompt tokens of every decoder layer.
+
+    Attributes:
+        length: tokens of the unpruned prompt.
+        layers: what each layer stores of them.
+        inside: the text model runs, so lengths are those of what is stored.
+        tail: last tokens of the prompt that every layer stores: the text after the last image of any row.
+    """
 
     length: int
     layers: list[LayerTokens] = field(default_factory=list)
     inside: bool = False
+    tail: int = 0
 
     def dropped(self, layer: int) -> int:
         """Prompt tokens that ``layer`` does not store."""
         return self.length - self.layers[layer].length if layer < len(self.layers) else 0
 
     def select_rows(self, index: Tensor) -> None:
-        """Follow a change of batch rows; layers that share tokens go on sharing them."""
+        """Follow a change of batch rows."""
+        self._change(lambda tokens: tokens.rows(index))
+
+    def cut_tail(self, count: int) -> None:
+        """Forget the last ``count`` tokens of the prompt."""
+        self.length -= count
+        self.tail -= count
+        self._change(lambda tokens: tokens.without_last(count))
+
+    def _change(self, change: Callable[[LayerTokens], LayerTokens]) -> None:
+        """Change all layers; those that share tokens go on sharing them."""
         changed: dict[int, LayerTokens] = {}
         for i, tokens in enumerate(self.layers):
             if id(tokens) not in changed:
-                changed[id(tokens)] = tokens.rows(index)
+                changed[id(tokens)] = change(tokens)
             self.layers[i] = changed[id(tokens)]
 
 
@@ -116,12 +140,16 @@ class PrunedDynamicCache(DynamicCache):
         remove = self.get_seq_length() - length if length > 0 else -length
         if remove <= 0:
             return
-        if remove > self.generated():
+        # Speculative decoding appends candidates to the prompt and removes them after the first forward.
+        of_prompt = max(0, remove - self.generated())
+        if of_prompt > self.prompt.tail:
             raise UnsupportedError(
-                f"crop would cut {remove - self.generated()} tokens into the pruned prompt; crop generated tokens "
-                "only, or start again from the prompt."
+                f"crop would cut {of_prompt} tokens into the pruned prompt, of which only the last "
+                f"{self.prompt.tail} are text that can go; start again from the prompt."
             )
         super().crop(-remove)
+        if of_prompt:
+            self.prompt.cut_tail(of_prompt)
 
     def reset(self) -> None:
         super().reset()

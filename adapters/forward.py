@@ -159,7 +159,8 @@ class TextForward:
             cache = caches.DynamicCache(config=text_config)
             caches.check_window(cache, guards.sliding_window(self._family), call.layout.length)
             kwargs = {**kwargs, "past_key_values": cache}
-        state = caches.PromptState(call.layout.length, [call.tokens] * (self._info.text_depth or 0), inside=True)
+        layers = [call.tokens] * (self._info.text_depth or 0)
+        state = caches.PromptState(call.layout.length, layers, inside=True, tail=call.layout.text_after_images())
         call.cache = caches.PrunedDynamicCache.adopt(cache, state)
         return kwargs
 

@@ -55,6 +55,10 @@ class PromptLayout:
             counts[image.sample] += len(image.positions)
         return counts
 
+    def text_after_images(self) -> int:
+        """Last places of the prompt that hold no visual token in any row."""
+        return self.length - 1 - max(image.positions[-1] for image in self.images)
+
     def positions(self, device: torch.device) -> Tensor:
         """``[I, N]`` places of each image's tokens in its row, padded with the last one."""
         width = max(self.lengths)

@@ -61,9 +61,7 @@ class Backend:
         """
         picture = _read(image)
         if len(question or "") > MAX_QUESTION:
-            raise InputError(
-                f"The question has {len(question)} characters; at most {MAX_QUESTION} are allowed."
-            )
+            raise InputError(f"The question has {len(question)} characters; at most {MAX_QUESTION} are allowed.")
         if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not MIN_KEEP <= keep <= MAX_KEEP:
             raise InputError(f"keep={keep} is out of range; give a share from {MIN_KEEP} to {MAX_KEEP}.")
         if policy not in registry.available():
@@ -95,7 +93,7 @@ def build_app(model: Any, processor: Any, name: str = "model") -> gradio.Blocks:
     Raises:
         VlmpruneError: gradio is not installed.
     """
-    gr = _gradio()
+    gr = import_gradio()
     backend = Backend(model, processor)
 
     def ask(image: str | None, question: str, policy: str, keep: float) -> Answer:
@@ -107,14 +105,10 @@ def build_app(model: Any, processor: Any, name: str = "model") -> gradio.Blocks:
     policies = registry.available()
     title = f"vlmprune: {name}"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(UPLOADS_LIVE, UPLOADS_LIVE)) as app:
-        gr.Markdown(
-            f"## vlmprune\n`{name}` answers with all visual tokens and with those that a policy keeps."
-        )
+        gr.Markdown(f"## vlmprune\n`{name}` answers with all visual tokens and with those that a policy keeps.")
         with gr.Row():
             with gr.Column():
-                image = gr.Image(
-                    label="Image", type="filepath", sources=["upload"], buttons=[], elem_id="image"
-                )
+                image = gr.Image(label="Image", type="filepath", sources=["upload"], buttons=[], elem_id="image")
                 # The file is handed over unopened, so that a damaged one gets our message. (A subclass
                 # would make gradio write a stub file beside this one.)
                 image.preprocess = _uploaded_path
@@ -227,7 +221,12 @@ def _add_examples(gr: ModuleType, image: Any, question: Any) -> None:
         gr.Examples(rows, [image, question], label="Examples", elem_id="examples")
 
 
-def _gradio() -> ModuleType:
+def import_gradio() -> ModuleType:
+    """The module ``gradio``, told to stay at home.
+
+    Raises:
+        VlmpruneError: it is not installed.
+    """
     # Read by gradio when it is imported: without it, it looks up its own servers at start.
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:

@@ -107,9 +107,7 @@ def compare(
     kept, total = report.kept_tokens[0], report.visual_tokens[0]
     mean_kept = report.mean_kept_layers
     pruned = _outcome(sides[0], kept, kept if mean_kept is None else mean_kept)
-    return Comparison(
-        pruned, _outcome(sides[1], total, total) if plain is not None else None, report, picture, repeats
-    )
+    return Comparison(pruned, _outcome(sides[1], total, total) if plain is not None else None, report, picture, repeats)
 
 
 def chat_prompt(processor: Any, question: str) -> str:
@@ -122,9 +120,7 @@ def chat_prompt(processor: Any, question: str) -> str:
     if not question.strip():
         raise InputError("The question is empty.")
     if token and token in question:
-        raise InputError(
-            f"The question holds the image placeholder {token!r}, which is added here; leave it out."
-        )
+        raise InputError(f"The question holds the image placeholder {token!r}, which is added here; leave it out.")
     return render_prompt(processor, user_message(question, 1))
 
 
@@ -138,8 +134,7 @@ def raw_prompt(processor: Any, prompt: str) -> str:
     found = prompt.count(token) if token else 1
     if found != 1:
         raise InputError(
-            f"The raw prompt holds the image placeholder {token!r} {found} times; "
-            "write it once, where the image goes."
+            f"The raw prompt holds the image placeholder {token!r} {found} times; write it once, where the image goes."
         )
     return prompt
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from vlmprune.core.errors import InputError, VlmpruneError
 from vlmprune.evaluation.cells import Cell
 from vlmprune.evaluation.native import Answer
-from vlmprune.evaluation.schema import TEXT_ONLY
 from vlmprune.evaluation.summary import TaskRun
 from vlmprune.evaluation.tasks.prepare import prepare_task
 
@@ -52,11 +52,8 @@ class LmmsEngine:
         """Answers in the order of the documents.
 
         Raises:
-            InputError: text-only, which needs another prompt than the task's.
             HarnessError: the harness lost or re-ordered documents, or scored differently.
         """
-        if cell.name == TEXT_ONLY:
-            raise InputError("The text-only score is measured by the native runner only.")
         from lmms_eval import evaluator
         from lmms_eval.tasks import TaskManager
 
@@ -64,15 +61,16 @@ class LmmsEngine:
         manager = TaskManager("ERROR", include_path=str(folder), include_defaults=False, model_name=self.style)
         self.lm.use_handle(handle)
         name = run.task.name
-        output = evaluator.simple_evaluate(
-            model=self.lm,
-            tasks=[name],
-            task_manager=manager,
-            batch_size=self.lm.batch_size,
-            bootstrap_iters=0,
-            log_samples=True,
-            verbosity="ERROR",
-        )
+        with _without_usage_counts():
+            output = evaluator.simple_evaluate(
+                model=self.lm,
+                tasks=[name],
+                task_manager=manager,
+                batch_size=self.lm.batch_size,
+                bootstrap_iters=0,
+                log_samples=True,
+                verbosity="ERROR",
+            )
         advance(len(run.docs))
         return self._collect(run, output["samples"][name])
 
@@ -92,3 +90,16 @@ class LmmsEngine:
                 Answer(prediction, answer.n_images, answer.visual, answer.kept, answer.layers, answer.new_tokens)
             )
         return answers
+
+
+@contextmanager
+def _without_usage_counts() -> Iterator[None]:
+    """Keep `datasets` from asking the hub's server for a local parquet, only to have the use counted."""
+    import datasets
+
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    pass
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before

@@ -113,7 +113,7 @@ def evaluate(
         output: folder for `results.json` and `samples.jsonl`; None writes nothing.
         random_seeds: number of seeds of `random`, 0 leaves it out.
         measure_time: measure prefill times; False leaves them null.
-        text_only: also ask without any image (the blind score).
+        text_only: also ask without any image (the blind score); native runner only.
         runner: `"native"` or `"lmms-eval"`; both give the same answers.
         progress: show a progress bar on standard error.
         cache: folder for lmms-eval's task files, None for the user's cache folder.
@@ -129,6 +129,8 @@ def evaluate(
     _check_numbers(limit, batch_size, random_seeds, seed)
     if runner not in RUNNERS:
         raise InputError(f"Unknown runner {runner!r}.{suggest(runner, list(RUNNERS))}")
+    if text_only and runner != "native":
+        raise InputError("The text-only score needs the native runner: the harness's prompts hold the image.")
     loaded = load_tasks(list(tasks))
     info = _check_policies(model, processor, policies)
     style = prompt_style(model_name)

@@ -15,7 +15,7 @@ from vlmprune.core.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 80_000_000
 MAX_ASPECT = 100  # resizing the short edge of a longer strip would need memory without bound
 
 
@@ -53,9 +53,7 @@ def load_model(
     return (model if device is None else model.to(device)).eval(), processor
 
 
-def open_image(
-    path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, label: str | None = None
-) -> Image.Image:
+def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, label: str | None = None) -> Image.Image:
     """Read a picture as RGB, turned upright by its EXIF tag.
 
     Args:
@@ -74,10 +72,12 @@ def open_image(
         with Image.open(path) as image:
             _check_size(image, label, max_pixels)
             return ImageOps.exif_transpose(image).convert("RGB")
+    except InputError:
+        raise
     except UnidentifiedImageError:
         raise InputError(f"{label} cannot be read: it is no image, or of an unknown format.") from None
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f"{label} cannot be read: {first_line(error)}") from None
+    except Exception as error:  # on damaged files decoders raise almost anything
+        raise InputError(f"{label} cannot be read: {first_line(error)}") from error
 
 
 def _check_size(image: Image.Image, label: str, max_pixels: int) -> None:
@@ -111,7 +111,7 @@ def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def _from_pretrained(name: str, dtype: torch.dtype | str | None) -> tuple[Any, Any]:
-    from safetensors import SafetensorError
+    import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -125,10 +125,10 @@ def _from_pretrained(name: str, dtype: torch.dtype | str | None) -> tuple[Any, A
             )
         model = AutoModelForImageTextToText.from_pretrained(name, **options)
         processor = AutoProcessor.from_pretrained(name)
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(_load_failure(name, error)) from None
+    except Exception as error:  # missing, damaged or unsuited files make transformers raise almost anything
+        raise InputError(_load_failure(name, error)) from error
     if not hasattr(processor, "image_processor"):
         raise InputError(f"{name!r} has no image processor; save the model's processor beside its weights.")
     return model, processor

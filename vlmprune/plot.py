@@ -63,9 +63,7 @@ def plot_selection(
     view = record.views[0]
     cells = {token: cell for cell, token in enumerate(view.tokens().tolist())}
     kept = [cells[token] for token in report.kept(sample, image_index) if token in cells]
-    merged = (
-        [[cells[t] for t in g if t in cells] for g in report.groups(sample, image_index)] if groups else None
-    )
+    merged = [[cells[t] for t in g if t in cells] for g in report.groups(sample, image_index)] if groups else None
     values = None
     if scores:
         given = report.scores(sample, image_index)
@@ -105,9 +103,7 @@ def draw_tokens(
     labels, colours = _label_tokens(height * width, kept, groups, scores)
     factor = max(1, -(-min_cell * height // image.height), -(-min_cell * width // image.width))
     size = (image.width * factor, image.height * factor)
-    shown = (
-        image.convert("RGB").resize(size, Image.Resampling.BICUBIC) if factor > 1 else image.convert("RGB")
-    )
+    shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC) if factor > 1 else image.convert("RGB")
     rows = np.arange(size[1]) * height // size[1]
     columns = np.arange(size[0]) * width // size[0]
     owner = labels[rows[:, None] * width + columns[None, :]]  # [H, W] label of every pixel, -1 where dropped
@@ -155,9 +151,7 @@ def group_colours(n: int) -> list[tuple[int, int, int]]:
 
 def _image_record(report: Report | None, sample: int, image_index: int) -> ImageRecord:
     if report is None:
-        raise InputError(
-            "There is no report: run a forward with an image while the policy is applied, then draw."
-        )
+        raise InputError("There is no report: run a forward with an image while the policy is applied, then draw.")
     records = [record for record in report.images if record.sample == sample]
     if not 0 <= image_index < len(records):
         raise InputError(
@@ -173,8 +167,7 @@ def _processed(image: Image.Image, processor: Any) -> Image.Image:
     pixels = batch["pixel_values"].float().numpy()
     if pixels.ndim != 4 or pixels.shape[0] != 1:
         raise UnsupportedError(
-            f"{type(image_processor).__name__} makes {list(pixels.shape)} of one image, not one picture "
-            "[1, C, H, W]."
+            f"{type(image_processor).__name__} makes {list(pixels.shape)} of one image, not one picture [1, C, H, W]."
         )
     return Image.fromarray(np.clip(np.round(pixels[0].transpose(1, 2, 0)), 0, 255).astype(np.uint8))
 
@@ -182,9 +175,7 @@ def _processed(image: Image.Image, processor: Any) -> Image.Image:
 def _check(image: Image.Image, grid: tuple[int, int], dim: float, scores: Sequence[float] | None) -> None:
     height, width = grid
     if not (1 <= height <= image.height and 1 <= width <= image.width):
-        raise InputError(
-            f"A grid of {height} x {width} tokens does not fit {image.height} x {image.width} pixels."
-        )
+        raise InputError(f"A grid of {height} x {width} tokens does not fit {image.height} x {image.width} pixels.")
     if not 0 <= dim <= 1:
         raise InputError(f"dim={dim} is out of range; give a brightness from 0 to 1.")
     if scores is not None and len(scores) != height * width:
@@ -208,9 +199,7 @@ def _label_tokens(
         colours.append(colour)
     single = [token for token in kept if labels[token] < 0]
     labels[single] = range(len(colours), len(colours) + len(single))
-    colours += (
-        [WHITE] * len(single) if scores is None else _score_colours([scores[token] for token in single])
-    )
+    colours += [WHITE] * len(single) if scores is None else _score_colours([scores[token] for token in single])
     return labels, np.asarray(colours, dtype=np.float32).reshape(-1, 3)
 
 

@@ -64,7 +64,8 @@ def _pick_value(values, hit):
 def _update(state, row, hit, same, square, KIND: tl.constexpr, MAX_SUM: tl.constexpr):
     """State after the token of lane ``hit`` was taken; ``row`` is its matrix row.
 
-    ``same`` marks its copies, itself included; ``square`` holds squared norms. Both serve Gram kinds only.
+    ``same`` marks its copies, itself included, for COSINE_GRAM; ``square`` holds squared norms, for both Gram
+    kinds. Copies read the same entries of the matrix, so their squared distance comes out as exactly 0.
     """
     if KIND == 0:  # COSINE_GRAM
         norm = tl.sqrt(square)
@@ -78,7 +79,6 @@ def _update(state, row, hit, same, square, KIND: tl.constexpr, MAX_SUM: tl.const
         square += 0.0 * square  # NaN instead of infinity
         distance = square + _pick_value(square, hit) - 2.0 * row
         distance = tl.where(distance < 0.0, 0.0, distance)
-        distance = tl.where(same, 0.0 * square, distance)
         similarity = 1.0 - distance
     elif KIND == 2:  # DISTANCE
         distance = row

@@ -13,6 +13,7 @@ from masked_reference import hidden_keys
 from torch import Tensor, nn
 from vlmprune.adapters.cache import PrunedDynamicCache
 from vlmprune.core.sites import Site
+from vlmprune.embedded.tiny_configs import IMAGE_TOKEN_ID
 
 NEW = 6
 SITES = [pytest.param(None, id="post_encoder"), pytest.param(2, id="layer2")]
@@ -46,7 +47,13 @@ def fixed(prompt: LlavaPrompt, where: int | None) -> FixedKeep:
 
 def generate(model: nn.Module, prompt: LlavaPrompt, **mode: Any) -> Any:
     torch.manual_seed(5)
-    settings = {"max_new_tokens": NEW, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    settings = {
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+        "suppress_tokens": [IMAGE_TOKEN_ID],  # random weights may well name it
+    }
     with torch.no_grad():
         return model.generate(**prompt.inputs, **{**settings, **mode})
 
@@ -85,7 +92,10 @@ def test_equals_the_masked_dense_model(model: nn.Module, mode: str, form: str, w
 @pytest.mark.parametrize("where", SITES)
 def test_prompt_lookup(model: nn.Module, where: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates from the prompt; the rejected ones are cropped from the pruned cache."""
-    prompt = make_prompt((1,), dtype=torch.float64)
+    plain = make_prompt((1,), dtype=torch.float64)
+    every_word = torch.cat([torch.arange(3, 5), torch.arange(6, 64)])[None]  # so that every token has a match
+    ids = torch.cat([plain.ids[:, :1], every_word, plain.ids[:, 1:]], 1)
+    prompt = LlavaPrompt(ids, torch.ones_like(ids, dtype=torch.bool), plain.pixels, (1,))
     policy = fixed(prompt, where)
     cropped: list[int] = []
     crop = PrunedDynamicCache.crop
@@ -139,6 +149,7 @@ def test_generate_goes_on_from_a_pruned_cache(model: nn.Module, where: int | Non
                 past_key_values=first.past_key_values,
                 max_new_tokens=4,
                 do_sample=False,
+                suppress_tokens=[IMAGE_TOKEN_ID],
                 output_scores=True,
                 return_dict_in_generate=True,
             )
@@ -152,7 +163,7 @@ def test_compact_positions_equal_generation_from_short_embeddings(
     model: nn.Module, mode: str, where: int | None
 ) -> None:
     """After the encoder. In a decoder layer the cached and the uncached run, and any batch, must agree."""
-    prompt = make_prompt((1, 2), True, torch.float64)
+    prompt = make_prompt((1, 1) if mode == "beams" else (1, 2), True, torch.float64)
     policy = fixed(prompt, where)
     policy = FixedKeep(kept=policy.kept, site=policy.site, layer=where, positions="compact")
     with vlmprune.applied(model, policy):
@@ -164,6 +175,7 @@ def test_compact_positions_equal_generation_from_short_embeddings(
                 inputs_embeds=short_embeddings(model, alone, prompt.dropped(policy.kept)[row]),
                 max_new_tokens=NEW,
                 do_sample=False,
+                suppress_tokens=[IMAGE_TOKEN_ID],
                 **MODES[mode],
             )
         else:

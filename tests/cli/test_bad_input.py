@@ -84,9 +84,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--zork"], "--zork"),
     ],
 )
-def test_run_options(
-    options: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_options(options: list[str], message: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(run_arguments(files, *options), capsys)
 
 

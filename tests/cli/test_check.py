@@ -61,9 +61,7 @@ class NeverAll(Harmless):
 @dataclass(frozen=True)
 class LooksAtTheBatch(Harmless):
     def scores(self, context: Context) -> torch.Tensor:
-        return torch.arange(context.width, dtype=torch.float32).expand(context.n_items, -1) * (
-            context.n_items - 1.5
-        )
+        return torch.arange(context.width, dtype=torch.float32).expand(context.n_items, -1) * (context.n_items - 1.5)
 
 
 @dataclass(frozen=True)
@@ -137,9 +135,7 @@ def test_command_passes_every_built_in_policy(capsys: pytest.CaptureFixture[str]
     assert all(finding["passed"] for finding in findings)
 
 
-def test_command_exits_with_1_and_says_why(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_exits_with_1_and_says_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     registry.complete()
     monkeypatch.setitem(registry._classes, "test_policy", Raises)
     assert main(["check", "test_policy"]) == 1

@@ -160,9 +160,7 @@ def test_run_prints_answers_and_a_map(picture: Path, capsys: pytest.CaptureFixtu
     assert sum(row.count("#") for row in rows) == 49
 
 
-def test_run_with_a_raw_prompt_a_folder_and_a_composition(
-    picture: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_with_a_raw_prompt_a_folder_and_a_composition(picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from vlmprune.embedded import model_path
 
     argv = [
@@ -212,9 +210,7 @@ def test_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results["kind"] == "vlmprune-results" and results["failed"] == []
 
 
-def test_tasks_dir(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tasks_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyarrow")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = Path(printed(["tasks-dir", "scenes", "--limit", "2"], capsys).strip())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from vlmprune.cli import main
 from vlmprune.core.errors import InputError
 from vlmprune.core.registry import registry
 from vlmprune.demos import app
@@ -31,18 +34,14 @@ def file(path: Path) -> Any:
 
 
 def test_compare(client: Any, picture: Path) -> None:
-    overlay, dense, pruned, table = client.predict(
-        file(picture), QUESTION, "uniform", 0.25, api_name="/compare"
-    )
+    overlay, dense, pruned, table = client.predict(file(picture), QUESTION, "uniform", 0.25, api_name="/compare")
     with Image.open(overlay) as drawn:
         assert drawn.size == (448, 448)  # two pixels for each of the model's view, whose tokens are 16 wide
     assert isinstance(dense, str) and isinstance(pruned, str)
     assert table["headers"] == list(app.COLUMNS)
     rows = {row[0]: row[1:] for row in table["data"]}
     assert rows["dense"][0] == 196 and rows["pruned"][0] == 49
-    assert rows["dense"][4] - rows["pruned"][4] == pytest.approx(
-        (196 - 49) * 2 * 6 * 128 * 4 / 1000, abs=0.11
-    )
+    assert rows["dense"][4] - rows["pruned"][4] == pytest.approx((196 - 49) * 2 * 6 * 128 * 4 / 1000, abs=0.11)
     assert all(milliseconds > 0 for row in rows.values() for milliseconds in row[2:4])
 
 
@@ -131,6 +130,29 @@ def test_warm_up_leaves_the_model_as_it_was(tiny_llava: tuple[Any, Any]) -> None
     app.warm_up(*tiny_llava)
 
 
+def test_the_command_serves_the_page(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    gradio = pytest.importorskip("gradio")
+    seen: list[bytes] = []
+
+    def visit(blocks: Any) -> None:
+        with urllib.request.urlopen(blocks.local_url) as response:
+            seen.append(response.read())
+        blocks.close(verbose=False)
+
+    monkeypatch.setattr(gradio.Blocks, "block_thread", visit)
+    assert main(["demo", "--port", "0"]) == 0
+    assert "Serving tiny-llava on http://127.0.0.1:" in capsys.readouterr().out
+    assert b"vlmprune: tiny-llava" in seen[0]
+
+
+def test_without_gradio_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == "vlmprune: The demo needs gradio: pip install 'vlmprune[demo]'\n"
+
+
 NO_NETWORK = """
 import socket, sys
 real, asked = socket.getaddrinfo, []
@@ -156,11 +178,7 @@ assert not outside, outside
 @pytest.mark.slow
 def test_nothing_is_looked_up_outside(repo_root: Path) -> None:
     pytest.importorskip("gradio")
-    import os
-
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_OFFLINE")
-    }
+    environment = {k: v for k, v in os.environ.items() if k not in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_OFFLINE")}
     done = subprocess.run(
         [sys.executable, "-c", NO_NETWORK], cwd=repo_root, capture_output=True, text=True, env=environment
     )

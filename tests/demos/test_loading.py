@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -45,6 +46,15 @@ def test_a_folder_without_or_with_damaged_weights(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
+def test_a_folder_with_a_damaged_tokenizer(tmp_path: Path) -> None:
+    for path in model_path().iterdir():
+        if path.is_file() and path.name != "tokenizer.json":
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+
+
 def test_a_hub_id_that_cannot_be_reached() -> None:
     with pytest.raises(InputError, match="could not be loaded from the hub") as caught:
         load_model("some-owner/some-model")
@@ -58,6 +68,25 @@ def test_images_are_turned_upright_and_made_rgb(tmp_path: Path) -> None:
     Image.linear_gradient("L").resize((40, 20)).save(path, exif=exif)
     image = open_image(path)
     assert image.mode == "RGB" and image.size == (20, 40)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_a_damaged_file_is_read_or_refused(form: str, tmp_path: Path) -> None:
+    path, rng = tmp_path / f"picture.{form.lower()}", np.random.default_rng(0)
+    Image.effect_noise((40, 30), 90).convert("RGB").save(path, format=form, exif=Image.Exif())
+    whole, refused = path.read_bytes(), 0
+    for _ in range(60):
+        content = bytearray(whole)
+        for place in rng.integers(0, len(whole), 8):
+            content[place] = rng.integers(256)
+        path.write_bytes(content[: rng.integers(1, len(whole))] if rng.random() < 0.5 else content)
+        try:
+            assert open_image(path).mode == "RGB"
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 10
 
 
 def test_bounds_are_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

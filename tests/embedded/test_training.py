@@ -1,13 +1,16 @@
 """Training code: labels, token packing, and a stage that stops and resumes."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from vlmprune.embedded import model_path
 from vlmprune.embedded.bank import SHAPES
-from vlmprune.embedded.processor import build_processor, prompt
+from vlmprune.embedded.processor import build_tokenizer, prompt
 from vlmprune.embedded.scenes import GRID, Scene, generate_scene
 from vlmprune.embedded.train.align import WORDS, word_targets
 from vlmprune.embedded.train.batches import ALL, Encoder, choose_tokens, make_batch
@@ -19,7 +22,12 @@ from vlmprune.embedded.train.tower import train_tower
 
 @pytest.fixture(scope="module")
 def encoder():
-    return Encoder(build_processor().tokenizer)
+    return Encoder(AutoTokenizer.from_pretrained(model_path()))
+
+
+def test_the_shipped_tokenizer_is_the_one_that_the_code_builds():
+    built = json.loads(build_tokenizer().to_str())
+    assert built == json.loads((model_path() / "tokenizer.json").read_text())
 
 
 def entries(n, seed=0):

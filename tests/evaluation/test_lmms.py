@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import socket
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,23 @@ def test_both_runners_give_the_same_answers(tiny: tuple[Any, Any], tmp_path: Pat
     assert len(native) == 3 * QUESTIONS and any(sample.prediction for sample in native)
     assert native == harness
     assert rows["native"] == rows["lmms-eval"]
+
+
+def test_nothing_is_looked_up(tiny: tuple[Any, Any], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` counts uses on a server, unless it is told not to; here it is not offline."""
+    import datasets
+
+    asked: list[Any] = []
+
+    def lookup(*args: Any, **kwargs: Any) -> None:
+        asked.append(args)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    evaluate(*tiny, limit=3, runner="lmms-eval", cache=cache, **(SETTINGS | {"seed": 12}))
+    assert not asked and datasets.config.HF_UPDATE_DOWNLOAD_COUNTS is True
 
 
 def test_a_policy_that_raises_is_a_failed_cell(tiny: tuple[Any, Any], tmp_path: Path, cache: Path) -> None:

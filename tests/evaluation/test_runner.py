@@ -213,6 +213,7 @@ def test_an_inactive_policy_is_a_failed_cell(tiny: tuple[Any, Any], monkeypatch:
         ({"tasks": ["scene"]}, InputError, "Did you mean 'scenes'"),
         ({"tasks": []}, InputError, "No task"),
         ({"runner": "nativ"}, InputError, "Did you mean 'native'"),
+        ({"runner": "lmms-eval", "text_only": True}, InputError, "native runner"),
         ({"limit": 0}, InputError, "limit=0"),
         ({"batch_size": 0}, InputError, "batch_size=0"),
         ({"random_seeds": -1}, InputError, "random_seeds=-1"),

@@ -107,11 +107,17 @@ def test_matrices(kind: str, objective: str) -> None:
     same(got, greedy_select(None, 21, backend="reference", **arguments), 0.0)
 
 
+def test_negative_zero_ties_with_zero() -> None:
+    distance = torch.tensor([[[0.0, -0.0, 0.0, 0.0]] * 4])
+    assert triton_select(None, 4, distance=distance).indices.tolist() == [[0, 1, 2, 3]]
+    assert triton_select(None, 4, similarity=-distance, objective="max_sum").indices.tolist() == [[0, 1, 2, 3]]
+
+
 def test_ties_take_the_lowest_index() -> None:
     generator = torch.Generator().manual_seed(5)
-    points = torch.randn(3, 24, generator=generator)
-    x = points[torch.randint(0, 3, (1, 37), generator=generator)]
-    for metric, part in (("cosine", x), ("l2", x[..., :4]), ("cosine", x.half()), ("l2", torch.ones_like(x))):
+    points = torch.randn(9, 24, generator=generator)
+    x = points[torch.randint(0, 9, (1, 37), generator=generator)]
+    for metric, part in (("cosine", x), ("l2", x[..., :4]), ("cosine", x.half()), ("l2", x.tile(1, 1, 2))):
         got = triton_select(part, 40, metric=metric)
         same(got, greedy_select(part, 40, metric=metric, backend="torch"), 1e-5)
         same(got, greedy_select(part, 40, metric=metric, backend="reference"), 1e-5)

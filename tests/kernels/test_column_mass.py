@@ -56,9 +56,7 @@ def test_blocks_are_bounded(generator: torch.Generator) -> None:
     q, k = qk(generator, key_heads=2)
     for limit in (2 * N * 4, 5000, 40000):
         seen = torch.zeros(B, H, N, dtype=torch.long)
-        for block in attention_blocks(
-            q, k, query_rows(None, B, N, q.device), block_mask(q, k, {}), None, limit
-        ):
+        for block in attention_blocks(q, k, query_rows(None, B, N, q.device), block_mask(q, k, {}), None, limit):
             assert block.probability.numel() * 4 <= limit
             seen[block.batch, block.heads, block.rows] += 1
         assert (seen == 1).all()
@@ -158,8 +156,7 @@ def test_row_choices_and_weights(generator: torch.Generator) -> None:
     weight = torch.rand(B, 3, generator=generator)
     mixed = torch.stack(
         [
-            (share[0][:, [3, 9]] * weight[0, :2, None].double()).sum(1).mean(0)
-            / weight[0, :2].sum().double(),
+            (share[0][:, [3, 9]] * weight[0, :2, None].double()).sum(1).mean(0) / weight[0, :2].sum().double(),
             share[1][:, 30].mean(0),
         ]
     )
@@ -264,17 +261,11 @@ def test_batch_equals_loop_and_strides(generator: torch.Generator) -> None:
         assert torch.equal(column_mass(q, k, causal=True), got)
 
 
-def test_reduced_precision_switches_have_no_effect(generator: torch.Generator) -> None:
+def test_autocast_has_no_effect(generator: torch.Generator) -> None:
     q, k = qk(generator)
     want = column_mass(q, k)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(column_mass(q, k), want)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        torch.testing.assert_close(column_mass(q, k), want, atol=1e-6, rtol=1e-6)
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(

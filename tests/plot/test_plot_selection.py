@@ -18,18 +18,14 @@ GRID = View(4, 4)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(
-        0, 250, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8
-    )
+    pixels = np.random.default_rng(seed).integers(0, 250, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
 
 
 def report_of(selection: Selection, samples: tuple[int, ...], view: View = GRID) -> Report:
     """A report of one post-encoder site, one item per entry of `samples`."""
     places = [samples[:i].count(sample) for i, sample in enumerate(samples)]
-    images = tuple(
-        ImageRecord(s, place, view.length, (view,)) for s, place in zip(samples, places, strict=True)
-    )
+    images = tuple(ImageRecord(s, place, view.length, (view,)) for s, place in zip(samples, places, strict=True))
     lengths = (view.length,) * len(samples)
     site = SiteRecord("test", Site.POST_ENCODER, None, "keep", samples, lengths, selection)
     return Report("Model", {"policy": "test"}, n_samples=max(samples) + 1, images=images, sites=[site])
@@ -110,9 +106,7 @@ def test_the_view_is_what_the_processor_hands_to_the_model(size: tuple[int, int]
     image = noise(*size)
     view = model_view(image, processor)
     pixels = processor(images=image, return_tensors="pt")["pixel_values"][0]
-    mean, std = (
-        torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std)
-    )
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     seen = ((pixels * std + mean) * 255).permute(1, 2, 0).numpy()
     assert view.size == (64, 64)
     np.testing.assert_allclose(np.asarray(view).astype(float), seen, atol=0.51)

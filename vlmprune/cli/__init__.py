@@ -16,9 +16,7 @@ from vlmprune.cli.output import print_error
 from vlmprune.core.errors import VlmpruneError
 
 # Newer typer brings its own copy of click, so the base of its errors is taken from a class that it exports.
-USAGE_ERRORS: tuple[Any, ...] = tuple(
-    cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
-)
+USAGE_ERRORS: tuple[Any, ...] = tuple(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,11 +52,7 @@ def sites_of(cls: type[Policy]) -> list[str]:
     try:
         used = {request.site for request in cls(keep=0.5).requests(REFERENCE)}
     except (VlmpruneError, NotImplementedError):  # needs a calibration, a list of budgets, ...
-        used = {
-            site
-            for site in Site
-            if hasattr(cls, f"select_{site.value}") or getattr(cls, "site", None) == site
-        }
+        used = {site for site in Site if hasattr(cls, f"select_{site.value}") or getattr(cls, "site", None) == site}
     return [site.value for site in Site if site in used]
 
 

@@ -26,9 +26,7 @@ def check(
     from vlmprune.core.registry import registry
 
     parameters = parse_parameters(param) if policy is not None else {}
-    policies = [
-        build_policy(name, keep, parameters) for name in ([policy] if policy else registry.available())
-    ]
+    policies = [build_policy(name, keep, parameters) for name in ([policy] if policy else registry.available())]
 
     from vlmprune.cli.contract import check_names, check_policy, mini_subject, real_subject, require_reduction
 
@@ -48,9 +46,7 @@ def check(
         for finding in failed:
             print_text(f"{finding.policy}: {finding.check}: {finding.detail}")
         print_text(
-            f"{len(failed)} of {len(findings)} checks failed"
-            if failed
-            else f"All {len(findings)} checks passed"
+            f"{len(failed)} of {len(findings)} checks failed" if failed else f"All {len(findings)} checks passed"
         )
     if failed:
         raise typer.Exit(1)

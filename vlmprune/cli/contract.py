@@ -71,9 +71,7 @@ def mini_subject() -> Subject:
     model = random_llava()
     size = model.config.vision_config.image_size
     crop = {"height": size, "width": size}
-    processor = SimpleNamespace(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size=crop)
-    )
+    processor = SimpleNamespace(image_processor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size=crop))
     ids = random_inputs(model, batch=ROWS, before=2 + ROWS)["input_ids"]
     images = _pictures()
 
@@ -87,9 +85,7 @@ def mini_subject() -> Subject:
         for place, row in enumerate(rows):
             chosen[place, : row - start] = PAD_ID
             mask[place, : row - start] = 0
-        pixels = processor.image_processor(images=[images[row] for row in rows], return_tensors="pt")[
-            "pixel_values"
-        ]
+        pixels = processor.image_processor(images=[images[row] for row in rows], return_tensors="pt")["pixel_values"]
         return {"input_ids": chosen, "attention_mask": mask, "pixel_values": pixels}
 
     return Subject(model, processor, encode)
@@ -155,11 +151,7 @@ def _check_removal(policy: Policy, subject: Subject) -> str:
     _pruned(policy, subject, range(ROWS))
     if _count_hooks(subject.model) != hooks:
         return "hooks are left on the model after remove()"
-    return (
-        ""
-        if torch.equal(_forward(subject, range(ROWS)), dense)
-        else "logits after remove() differ from before"
-    )
+    return "" if torch.equal(_forward(subject, range(ROWS)), dense) else "logits after remove() differ from before"
 
 
 def _check_reduction(policy: Policy, subject: Subject) -> str:
@@ -167,11 +159,7 @@ def _check_reduction(policy: Policy, subject: Subject) -> str:
     if any(leaf.needs_processor() for leaf in policy.leaves()):
         return "" if report.geometry else "the image was not changed"
     kept, total = report.mean_kept_layers, sum(report.visual_tokens) / ROWS
-    return (
-        ""
-        if kept is not None and kept < total
-        else f"{kept} of {total} visual tokens stay on average over layers"
-    )
+    return "" if kept is not None and kept < total else f"{kept} of {total} visual tokens stay on average over layers"
 
 
 def _check_batch(policy: Policy, subject: Subject) -> str:

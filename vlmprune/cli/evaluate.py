@@ -124,7 +124,5 @@ def build_policies(names: list[str], keeps: list[str] | list[None], param: list[
     if not chosen:
         raise InputError("No policy was given; `vlmprune list` names them.")
     if parameters and len(chosen) > 1:
-        raise InputError(
-            "--param goes with a single policy; evaluate them one after the other, or use config files."
-        )
+        raise InputError("--param goes with a single policy; evaluate them one after the other, or use config files.")
     return [build_policy(name, keep, parameters) for name in chosen for keep in keeps]

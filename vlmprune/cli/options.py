@@ -31,9 +31,7 @@ ParamOption = Annotated[
     list[str] | None, typer.Option("--param", help="A parameter of the policy as key=value; may be repeated.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-DtypeOption = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")
-]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 
 

@@ -56,9 +56,7 @@ def list_policies(
 
 def info(
     policy: Annotated[str | None, typer.Argument(help="Name of a policy.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Also show this model and where the policy acts on it.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Also show this model and where the policy acts on it.")] = None,
     keep: KeepOption = None,
     param: ParamOption = None,
     as_json: JsonOption = False,
@@ -102,14 +100,10 @@ def _print_info(shown: dict[str, Any]) -> None:
         rows = ((p["name"], p["type"], _plain(p["default"]) or "None", p["doc"]) for p in parameters)
         print_table(("parameter", "type", "default", "meaning"), rows, "Parameters")
     if "model" in shown:
-        print_table(
-            ("fact", "value"), ((name, _plain(value)) for name, value in shown["model"].items()), "Model"
-        )
+        print_table(("fact", "value"), ((name, _plain(value)) for name, value in shown["model"].items()), "Model")
     if "requests" in shown:
         rows = ((r["site"], r["layer"], r["positions"], ", ".join(r["signals"])) for r in shown["requests"])
-        print_table(
-            ("site", "before layer", "positions", "signals"), rows, "Where the policy acts (layers from 0)"
-        )
+        print_table(("site", "before layer", "positions", "signals"), rows, "Where the policy acts (layers from 0)")
 
 
 def _plain(value: Any) -> str | None:

@@ -38,9 +38,7 @@ def run(
     keep: KeepOption = None,
     param: ParamOption = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also run the dense model.")] = False,
-    overlay: Annotated[
-        Path | None, typer.Option("--overlay", help="Write a picture of the kept tokens here.")
-    ] = None,
+    overlay: Annotated[Path | None, typer.Option("--overlay", help="Write a picture of the kept tokens here.")] = None,
     raw_prompt: Annotated[
         bool,
         typer.Option("--raw-prompt", help="Pass the prompt as it is; it must hold the image placeholder."),
@@ -80,9 +78,7 @@ def run(
         _save(result.overlay, overlay)
     if as_json:
         setting = {"model": model, "image": str(image), "prompt": text, "policy": to_dict(chosen)}
-        print_json(
-            {**setting, **_result_facts(result, vlm), "overlay": None if overlay is None else str(overlay)}
-        )
+        print_json({**setting, **_result_facts(result, vlm), "overlay": None if overlay is None else str(overlay)})
     else:
         _print_result(result, overlay)
 

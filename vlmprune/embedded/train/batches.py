@@ -35,6 +35,10 @@ class Encoder:
         place = ids.index(image_id)
         self.before, self.newline = ids[:place], ids[place + 1]
 
+    def word_ids(self, words: tuple[str, ...]) -> list[int]:
+        """Ids of words as they stand in a sentence (with a leading space)."""
+        return [self.tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in words]
+
     def branch(self, text: str, answer: str) -> tuple[list[int], int]:
         """Ids of the question up to and including `ASSISTANT:`, and the id of the answer."""
         key = (text, answer)
@@ -55,6 +59,7 @@ class Batch:
         place: position of `ASSISTANT:` in each branch `[B, Q]`.
         answers: answer ids `[B, Q]`.
         focus: bool `[B, Q, 2, V]`, tokens of the deciding object for two heads; all false without one.
+        positions: object centre of each kept token, float32 `[B, V, 2]`, NaN on background.
         families: family name of each question.
     """
 
@@ -63,6 +68,7 @@ class Batch:
     place: Tensor
     answers: Tensor
     focus: Tensor
+    positions: Tensor
     families: list[list[str]]
 
 
@@ -115,5 +121,6 @@ def make_batch(
                 focus[b, q, 0] = np.isin(owner, item.targets)
                 if item.family != "count":
                     focus[b, q, 1] = np.isin(owner, item.second)
+    positions = np.stack([e.positions()[k] for e, k in zip(entries, kept, strict=True)])
     families = [[q.family for q in row] for row in rows]
-    return Batch(*(torch.from_numpy(a) for a in (kept, ids, place, answers, focus)), families)
+    return Batch(*(torch.from_numpy(a) for a in (kept, ids, place, answers, focus, positions)), families)

@@ -37,6 +37,8 @@ FOCUS_LAYER = 2
 FOCUS_HEADS = (0, 1)
 FOCUS_WEIGHT = 0.5
 END_WEIGHT = 0.1
+POSITION_WEIGHT = 0.5
+POSITION_SCALE = 10.0  # visual tokens reach a norm of about 45
 QUESTIONS_PER_IMAGE = 10
 LOOKUP_SHARE = 0.15  # of the time, before the other families join
 LATE_FROM = 0.3
@@ -54,9 +56,8 @@ def prefix_embeddings(model: nn.Module, encoder: Encoder, features: Tensor) -> T
     return torch.cat([before, visual, newline], dim=1)
 
 
-def answer_logits(model: nn.Module, encoder: Encoder, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def answer_logits(model: nn.Module, encoder: Encoder, prefix: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits at `ASSISTANT:` and at the answer `[B, Q, vocab]`; attention of the former `[B, Q, H, V]`."""
-    prefix = prefix_embeddings(model, encoder, features)
     output = decode(model.model.language_model, prefix, batch.ids, FOCUS_LAYER)
     table = model.model.language_model.embed_tokens.weight.to(torch.bfloat16)
     b = torch.arange(batch.ids.shape[0])[:, None]
@@ -69,9 +70,25 @@ def answer_logits(model: nn.Module, encoder: Encoder, features: Tensor, batch: B
     return logits[0], logits[1], rows[..., start : start + batch.kept.shape[1]]
 
 
+def position_loss(model: nn.Module, encoder: Encoder, prefix: Tensor, batch: Batch) -> Tensor:
+    """Error of the object's place, read from the visual tokens along `left`-`right` and `top`-`bottom`.
+
+    Without it one of the two axes can be lost early, and then no question about it is ever learned.
+    """
+    start = len(encoder.before)
+    visual = prefix[:, start : start + batch.kept.shape[1]]
+    table = model.model.language_model.embed_tokens.weight.detach()
+    ends = table[torch.tensor(encoder.word_ids(("left", "right", "top", "bottom")))]
+    axes = F.normalize(torch.stack([ends[1] - ends[0], ends[3] - ends[2]]), dim=-1)
+    known = ~batch.positions.isnan()
+    error = visual @ axes.T / POSITION_SCALE - batch.positions.nan_to_num()
+    return (error.abs() * known).sum() / known.sum().clamp(min=1)
+
+
 def decoder_loss(model: nn.Module, encoder: Encoder, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, whether each answer was right `[B, Q]`, and the mean attention mass on the right object."""
-    answer, end, attention = answer_logits(model, encoder, features, batch)
+    prefix = prefix_embeddings(model, encoder, features)
+    answer, end, attention = answer_logits(model, encoder, prefix, batch)
     loss = F.cross_entropy(answer.flatten(0, 1), batch.answers.flatten())
     eos = torch.full_like(batch.answers, encoder.tokenizer.eos_token_id)
     loss = loss + END_WEIGHT * F.cross_entropy(end.flatten(0, 1), eos.flatten())
@@ -79,7 +96,8 @@ def decoder_loss(model: nn.Module, encoder: Encoder, features: Tensor, batch: Ba
     known = batch.focus.any(-1).float()
     focus = (-torch.log(mass + 1e-3) * known).sum() / known.sum().clamp(min=1.0)
     mean_mass = (mass.detach() * known).sum() / known.sum().clamp(min=1.0)
-    return loss + FOCUS_WEIGHT * focus, answer.detach().argmax(-1) == batch.answers, mean_mass
+    loss = loss + FOCUS_WEIGHT * focus + POSITION_WEIGHT * position_loss(model, encoder, prefix, batch)
+    return loss, answer.detach().argmax(-1) == batch.answers, mean_mass
 
 
 class HeldOut:
@@ -119,7 +137,8 @@ class HeldOut:
             fixed = [_Fixed(e.owner, q) for e, q in zip(entries, questions, strict=True)]
             batch = make_batch(rng, encoder, fixed, len(FAMILIES), ALL, kept, False)
             features = _gather(self.features[part], batch.kept)
-            right = answer_logits(model, encoder, features, batch)[0].argmax(-1) == batch.answers
+            prefix = prefix_embeddings(model, encoder, features)
+            right = answer_logits(model, encoder, prefix, batch)[0].argmax(-1) == batch.answers
             for b, row in enumerate(questions):
                 for q, item in enumerate(row):
                     hits[item.family].append(bool(right[b, q]))

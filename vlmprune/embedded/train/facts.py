@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from .common import load_checkpoint
-from .decoder import END_WEIGHT, FOCUS_HEADS, FOCUS_LAYER, FOCUS_WEIGHT, LOOKUP_SHARE, QUESTIONS_PER_IMAGE
+from .decoder import (
+    END_WEIGHT,
+    FOCUS_HEADS,
+    FOCUS_LAYER,
+    FOCUS_WEIGHT,
+    LOOKUP_SHARE,
+    POSITION_WEIGHT,
+    QUESTIONS_PER_IMAGE,
+)
 
 DATA = {
     "scenes": "generated, train photos and train digits only",
@@ -31,6 +39,10 @@ AIDS = {
     "attention_supervision": {"decoder_layer": FOCUS_LAYER, "heads": list(FOCUS_HEADS)},
     "attention_supervision_loss": (
         f"{FOCUS_WEIGHT} * mean -log(attention mass from the answer position to the tokens of the object)"
+    ),
+    "position_axes": (
+        f"stage decoder: {POSITION_WEIGHT} * error of the object centre read from visual tokens along the word "
+        "axes left-right and top-bottom"
     ),
     "random_token_subsets": "stage decoder: 8 to 149 random visual tokens in a quarter of the later steps",
     "end_token_weight": END_WEIGHT,

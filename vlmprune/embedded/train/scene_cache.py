@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..easyvqa import EasyQuestion, EasyVQA, object_mask
 from ..fastpath import patchify, tower_features
 from ..questions import Question, draw_questions
-from ..scenes import GRID, PATCH_SIZE, Scene, SceneSettings, generate_scene
+from ..scenes import GRID, IMAGE_SIZE, PATCH_SIZE, Scene, SceneSettings, generate_scene
 from .labels import EasyPictures
 
 TRAIN_SCENES = SceneSettings(digit_weights=(0.06, 0.34, 0.36, 0.24), objects=(4, 9), plain=0.05)
@@ -24,6 +24,14 @@ class Entry:
     owner: np.ndarray  # int16 [196], object index or -1
     scene: Scene | None = None
     easy: list[EasyQuestion] | None = None
+
+    def positions(self) -> np.ndarray:
+        """Centre of the object on each patch, -1..1 in x and y, float32 `[196, 2]`; NaN where there is none."""
+        centres = [] if self.scene is None else [item.centre for item in self.scene.objects]
+        table = np.full((max(len(centres), 1) + 1, 2), np.nan, dtype=np.float32)
+        if centres:
+            table[: len(centres)] = np.asarray(centres) / (IMAGE_SIZE / 2) - 1
+        return table[self.owner]
 
     def questions(self, rng: np.random.Generator, count: int, weights: dict[str, float]) -> list[Question]:
         """Draw `count` questions; the object of an easy-VQA picture decides all of its questions."""
