@@ -2,102 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 import vlmprune
 from fixed_policy import FixedKeep, MeanGroups
+from llava_prompts import N, LlavaPrompt, decode, make_prompt, pick_tokens, prefill
 from masked_reference import hidden_keys
-from torch import Tensor
+from torch import Tensor, nn
 from vlmprune.core.sites import Site
 from vlmprune.embedded.tiny_configs import IMAGE_TOKEN_ID, random_llava
 
-N = 16  # visual tokens per image
 STEPS = 10
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A batch of prompts with images; ``real`` marks tokens that are not padding."""
-
-    ids: Tensor
-    real: Tensor
-    pixels: Tensor
-    images: tuple[int, ...]
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        return {"input_ids": self.ids, "attention_mask": self.real.long(), "pixel_values": self.pixels}
-
-    def places(self) -> list[list[list[int]]]:
-        """Per row and image, where its tokens stand."""
-        rows = []
-        for row in self.ids:
-            found = (row == IMAGE_TOKEN_ID).nonzero()[:, 0].tolist()
-            rows.append([found[i : i + N] for i in range(0, len(found), N)])
-        return rows
-
-
-def make_prompt(images: tuple[int, ...], padded: bool, dtype: torch.dtype, seed: int = 1) -> Prompt:
-    """Row ``b`` holds ``images[b]`` images; with ``padded`` rows also differ in their text and are left-padded."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for row, count in enumerate(images):
-        text = [torch.randint(8, 60, (3 + (2 * row if padded else 0),), generator=generator)]
-        for _ in range(count):
-            text += [torch.full((N,), IMAGE_TOKEN_ID), torch.randint(8, 60, (3,), generator=generator)]
-        rows.append(torch.cat(text))
-    length = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    real = torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, length - len(row) :] = row
-        real[i, length - len(row) :] = True
-    pixels = torch.randn(sum(images), 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)
-    return Prompt(ids, real, pixels, images)
-
-
-def kept_tokens(n_items: int, ragged: bool, width: int = N, seed: int = 3) -> tuple[tuple[int, ...], ...]:
-    """Tokens kept per item: about half of ``width``, of differing number if ``ragged``."""
-    generator = torch.Generator().manual_seed(seed)
-    counts = [width // 2 - (i % 3 if ragged else 0) for i in range(n_items)]
-    return tuple(tuple(sorted(torch.randperm(width, generator=generator)[:k].tolist())) for k in counts)
-
-
-def dropped_mask(prompt: Prompt, site: Site, kept: tuple[tuple[int, ...], ...]) -> Tensor:
-    """``[B, L]`` True at dropped tokens; items are images after the encoder, samples in the decoder."""
-    dropped = torch.zeros_like(prompt.real)
-    item = 0
-    for row, images in enumerate(prompt.places()):
-        groups = images if site == Site.POST_ENCODER else [sum(images, [])] if images else []
-        for tokens in groups:
-            dropped[row, tokens] = True
-            dropped[row, [tokens[i] for i in kept[item]]] = False
-            item += 1
-    return dropped
-
-
-def rollout(model: torch.nn.Module, prompt: Prompt, forced: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Prefill logits and logits of teacher-forced decode steps, with positions as ``generate`` gives them."""
-    real = prompt.real.long()
-    positions = (real.cumsum(1) - 1).clamp_min(0)
-    with torch.no_grad():
-        out = model(**prompt.inputs, position_ids=positions, use_cache=True)
-        prefill, cache, steps = out.logits, out.past_key_values, []
-        for step in range(forced.shape[1]):
-            real = torch.cat([real, real.new_ones(len(real), 1)], 1)
-            positions = positions[:, -1:] + 1
-            out = model(
-                input_ids=forced[:, step : step + 1],
-                attention_mask=real,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            steps.append(out.logits[:, -1])
-    return prefill, steps
+def rollout(model: nn.Module, prompt: LlavaPrompt, forced: Tensor) -> tuple[Tensor, Tensor]:
+    """Prefill logits ``[B, L, V]`` and logits ``[B, S, V]`` of teacher-forced decode steps."""
+    out = prefill(model, prompt, use_cache=True)
+    return out.logits, decode(model, prompt, out.past_key_values, forced)
 
 
 CASES = [
@@ -122,15 +44,11 @@ def test_equals_the_masked_dense_model(
     model = random_llava(dtype=dtype, attn_implementation=implementation, kv_heads=2)
     prompt = make_prompt(images, padded, dtype)
     site = Site.DECODER_LAYER if where else Site.POST_ENCODER
-    if where:
-        widths = [N * n for n in images if n]
-        kept = tuple(kept_tokens(1, False, width - (2 * i if ragged else 0))[0] for i, width in enumerate(widths))
-    else:
-        kept = kept_tokens(sum(images), ragged)
+    kept = pick_tokens([N * n for n in images if n] if where else [N] * sum(images), ragged)
     policy = FixedKeep(kept=kept, site=site, layer=where or None, positions="keep")
     forced = torch.randint(8, 60, (len(images), STEPS), generator=torch.Generator().manual_seed(9))
 
-    dropped = dropped_mask(prompt, site, kept)
+    dropped = prompt.dropped(kept, site)
     layers = model.model.language_model.layers
     by_layer = {i: dropped for i in range(len(layers)) if i >= where}
     with hidden_keys(layers, by_layer, prompt.real):
@@ -147,14 +65,13 @@ def test_equals_the_masked_dense_model(
     stay = prompt.real & ~dropped
     scale = expected[stay].abs().max()
     assert (got[stay] - expected[stay]).abs().max() <= tolerance * max(1, scale)
-    for step, reference in zip(got_steps, expected_steps, strict=True):
-        assert (step - reference).abs().max() <= tolerance * max(1, scale)
+    assert (got_steps - expected_steps).abs().max() <= tolerance * max(1, scale)
     assert (dense[:, -1] - expected[:, -1]).abs().max() > 1e-2  # the reference does discriminate
     assert got.shape == dense.shape
     assert not got[dropped].isnan().any()
 
 
-def rows(prompt: Prompt, site: Site) -> list[int]:
+def rows(prompt: LlavaPrompt, site: Site) -> list[int]:
     """Row of each item."""
     images = [row for row, count in enumerate(prompt.images) for _ in range(count)]
     return images if site == Site.POST_ENCODER else sorted(set(images))
@@ -167,8 +84,8 @@ def test_compact_positions_equal_the_dense_model_on_the_short_prompt(
 ) -> None:
     model = random_llava(dtype=dtype)
     prompt = make_prompt(images, padded, dtype)
-    kept = kept_tokens(sum(images), ragged)
-    dropped = dropped_mask(prompt, Site.POST_ENCODER, kept)
+    kept = pick_tokens([N] * sum(images), ragged)
+    dropped = prompt.dropped(kept)
     forced = torch.randint(8, 60, (len(images), STEPS), generator=torch.Generator().manual_seed(9))
     with vlmprune.applied(model, FixedKeep(kept=kept, positions="compact")):
         got, got_steps = rollout(model, prompt, forced)
@@ -176,11 +93,10 @@ def test_compact_positions_equal_the_dense_model_on_the_short_prompt(
         expected, expected_steps = short_rollout(model, prompt, row, prompt.real[row] & ~dropped[row], forced[row])
         stay = (prompt.real & ~dropped)[row]
         assert torch.allclose(got[row][stay], expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 10)
-        for step, reference in zip(got_steps, expected_steps, strict=True):
-            assert torch.allclose(step[row], reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 10)
+        assert torch.allclose(got_steps[row], expected_steps, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 10)
 
 
-def short_rollout(model: torch.nn.Module, prompt: Prompt, row: int, stay: Tensor, forced: Tensor) -> tuple[Tensor, list]:
+def short_rollout(model: torch.nn.Module, prompt: LlavaPrompt, row: int, stay: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
     """The dense model on one row's shortened ``inputs_embeds``, with plain positions."""
     base = model.model
     first = sum(prompt.images[:row])
@@ -199,15 +115,15 @@ def short_rollout(model: torch.nn.Module, prompt: Prompt, row: int, stay: Tensor
             out = base.language_model(inputs_embeds=embed, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             steps.append(model.lm_head(out.last_hidden_state)[0, -1])
-    return logits, steps
+    return logits, torch.stack(steps)
 
 
 def test_compact_inside_the_decoder_renumbers_survivors_and_later_tokens() -> None:
     """Layers from the cut on equal those layers run on the survivors with plain positions."""
     model = random_llava(dtype=torch.float64)
     prompt = make_prompt((1,), False, torch.float64)
-    kept = kept_tokens(1, False)
-    stay = ~dropped_mask(prompt, Site.DECODER_LAYER, kept)[0]
+    kept = pick_tokens([N])
+    stay = ~prompt.dropped(kept, Site.DECODER_LAYER)[0]
     text = model.model.language_model
     entering: list[Tensor] = []
     spy = text.layers[2].register_forward_pre_hook(lambda m, a, k: entering.append(a[0]), with_kwargs=True)
@@ -230,8 +146,7 @@ def test_compact_inside_the_decoder_renumbers_survivors_and_later_tokens() -> No
         logits = model.lm_head(text.norm(hidden))[0]
     n_prompt = int(stay.sum())
     assert torch.allclose(got[0][stay], logits[:n_prompt], atol=1e-9)
-    for i, step in enumerate(steps):
-        assert torch.allclose(step[0], logits[n_prompt + i], atol=1e-9)
+    assert torch.allclose(steps[0], logits[n_prompt:], atol=1e-9)
 
 
 def test_merging_equals_the_dense_model_on_merged_embeddings() -> None:
@@ -257,8 +172,8 @@ def test_merging_equals_the_dense_model_on_merged_embeddings() -> None:
 def test_other_towers_and_decoders(vision: str, text: str) -> None:
     model = random_llava(vision, text, dtype=torch.float64)
     prompt = make_prompt((1, 1), True, torch.float64)
-    kept = kept_tokens(2, True)
-    dropped = dropped_mask(prompt, Site.POST_ENCODER, kept)
+    kept = pick_tokens([N, N], ragged=True)
+    dropped = prompt.dropped(kept)
     forced = torch.randint(8, 60, (2, 3))
     layers = model.model.language_model.layers
     with hidden_keys(layers, {i: dropped for i in range(len(layers))}, prompt.real):
@@ -267,4 +182,4 @@ def test_other_towers_and_decoders(vision: str, text: str) -> None:
         got, steps = rollout(model, prompt, forced)
     stay = prompt.real & ~dropped
     assert torch.allclose(got[stay], expected[stay], atol=1e-9)
-    assert torch.allclose(torch.stack(steps), torch.stack(expected_steps), atol=1e-9)
+    assert torch.allclose(steps, expected_steps, atol=1e-9)
