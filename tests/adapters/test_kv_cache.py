@@ -198,8 +198,11 @@ def test_generation_by_attention(mode: dict[str, Any]) -> None:
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_without_a_cache_nothing_is_evicted() -> None:
+def test_without_a_cache_nothing_is_evicted_and_a_warning_says_so() -> None:
     model, prompt = small_llava(), make_prompt((1,))
     dense = prefill(model, prompt, use_cache=False).logits
-    with vlmprune.applied(model, FixedEviction(kept=evictions(prompt, False))):
+    with (
+        vlmprune.applied(model, FixedEviction(kept=evictions(prompt, False))),
+        pytest.warns(UserWarning, match="fixed_eviction: nothing was reduced"),
+    ):
         assert torch.equal(prefill(model, prompt, use_cache=False).logits, dense)
