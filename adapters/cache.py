@@ -16,6 +16,8 @@ from transformers.cache_utils import DynamicCache
 
 from vlmprune.core.errors import UnsupportedError
 
+PRUNED = "This KV cache was pruned; a dense run, or one after handle.remove(), needs a fresh one."
+
 
 @dataclass(frozen=True, eq=False)
 class LayerTokens:
@@ -94,6 +96,10 @@ class PrunedDynamicCache(DynamicCache):
 
     prompt: PromptState
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.prompt = PromptState(0)
+
     @classmethod
     def adopt(cls, cache: DynamicCache, prompt: PromptState) -> PrunedDynamicCache:
         """Turn ``cache`` into this class, in place."""
@@ -107,13 +113,23 @@ class PrunedDynamicCache(DynamicCache):
     def _filled(self, layer: int) -> bool:
         return self.stored(layer) > 0
 
+    @property
+    def holds_prompt(self) -> bool:
+        """A prompt with images is stored here."""
+        return bool(self.prompt.layers) and self.stored() > 0
+
     def stored(self, layer: int = 0) -> int:
         """Tokens that ``layer`` holds."""
         return super().get_seq_length(layer)
 
     def generated(self, layer: int = 0) -> int:
         """Tokens that ``layer`` holds beyond the prompt."""
-        return self.stored(layer) - self.prompt.layers[layer].length
+        return self.stored(layer) - (self.prompt.layers[layer].length if self.prompt.layers else 0)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if self.prompt.layers and not self.prompt.inside:
+            raise UnsupportedError(PRUNED)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0, *args: Any, **kwargs: Any) -> int:
         return super().get_seq_length(layer_idx, *args, **kwargs) + self._outside(layer_idx)
@@ -128,8 +144,9 @@ class PrunedDynamicCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        rows = torch.arange(self.prompt.layers[0].index.shape[0], device=self.prompt.layers[0].index.device)
-        self.prompt.select_rows(rows.repeat_interleave(repeats))
+        if self.prompt.layers:
+            index = self.prompt.layers[0].index
+            self.prompt.select_rows(torch.arange(index.shape[0], device=index.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -171,14 +188,13 @@ def check_cache(cache: Any) -> None:
     )
 
 
-def check_window(cache: Any, window: int | None, total: int) -> None:
-    """Refuse prompts that outgrow a sliding attention window.
+def check_window(window: int | None, total: int) -> None:
+    """Refuse sequences that outgrow a sliding attention window: the model masks by distance in what is stored.
 
     Raises:
-        UnsupportedError: the sequence is longer than the window, so stored tokens would be evicted behind our back.
+        UnsupportedError: the unpruned sequence of ``total`` tokens is longer than the window.
     """
-    sliding = window is not None and any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ()))
-    if sliding and window is not None and total > window:
+    if window is not None and total > window:
         raise UnsupportedError(
             f"The sequence of {total} tokens exceeds the model's sliding attention window of {window}; pruning serves "
             "sequences inside the window. Shorten the prompt or run inside handle.disabled()."

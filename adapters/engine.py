@@ -50,7 +50,7 @@ class Engine:
         self._hooks = HookStack()
         self._layout: PromptLayout | None = None
         self._in_base = False
-        self._thread: int | None = None
+        self._busy: dict[str, int] = {}
 
     @property
     def report(self) -> Report | None:
@@ -126,13 +126,14 @@ class Engine:
             raise
 
     def _after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._leave(None)
+        if not self._busy_elsewhere():
+            self._leave(None)
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if not self.enabled:
             guards.refuse_dense_on_pruned(kwargs)
             return None
-        if not self._in_base:
+        if not self._in_base or self._busy_elsewhere():
             self._enter()
         try:
             if self.family.base is None:
@@ -140,7 +141,7 @@ class Engine:
             cache = kwargs.get("past_key_values")
             if self._layout is not None:
                 return args, self.forward.begin_prefill(self._layout, kwargs)
-            if isinstance(cache, PrunedDynamicCache) and cache.stored() > 0:
+            if isinstance(cache, PrunedDynamicCache) and cache.holds_prompt:
                 return args, self.forward.begin_decode(cache, kwargs)
             return None
         except BaseException as error:
@@ -149,7 +150,7 @@ class Engine:
 
     def _after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Runs after errors too, then without an output."""
-        if not self.enabled:
+        if not self.enabled or self._busy_elsewhere():
             return None
         try:
             changed = self.forward.end(output) if self.forward.call is not None else None
@@ -174,10 +175,10 @@ class Engine:
         return ((hidden, *args[1:]), changed) if args else (args, {**changed, "hidden_states": hidden})
 
     def _enter(self) -> None:
-        if self._thread is not None and self._thread != threading.get_ident():
+        self._busy.setdefault("thread", threading.get_ident())  # atomic
+        if self._busy_elsewhere():
             raise ActiveError("Another thread is running this pruned model; use one model copy per thread.")
         self.forward.close()
-        self._thread = threading.get_ident()
         self._layout = None
         self._in_base = False
         self.last_error = None
@@ -188,4 +189,9 @@ class Engine:
         self.forward.close()
         self._layout = None
         self._in_base = False
-        self._thread = None
+        self._busy.clear()
+
+    def _busy_elsewhere(self) -> bool:
+        """True if another thread's forward is under way; hooks that run after a refused call must not end it."""
+        me = threading.get_ident()
+        return self._busy.get("thread", me) != me

@@ -40,13 +40,20 @@ def warn_if_inactive(call: Prefill, steps: tuple[Step, ...], warned: bool) -> bo
     if any(r.site == Site.KV_CACHE or r.tokens_out != r.lengths for r in call.report.sites):
         return warned
     text = (
-        f"{', '.join(sorted({step.policy.name for step in asked}))}: nothing was reduced, although the budget "
-        f"{asked[0].policy.budget} asks for it; the samples have {call.report.visual_tokens} visual tokens."
+        f"{', '.join(sorted({step.policy.name for step in asked}))}: nothing was reduced with "
+        f"{asked[0].policy.budget}; the images have {call.layout.lengths} visual tokens."
     )
     call.report.warnings.append(text)
-    if not warned:
-        warnings.warn(text, stacklevel=2)
+    if warned or not any(_asks_for_less(step, call) for step in asked):
+        return warned
+    warnings.warn(text, stacklevel=2)
     return True
+
+
+def _asks_for_less(step: Step, call: Prefill) -> bool:
+    """True unless the budget is a number of tokens that every image stays within."""
+    tokens = step.policy.budget.tokens
+    return tokens is None or any(length > tokens for length in call.layout.lengths)
 
 
 def restore_output(output: Any, call: Prefill) -> Any:

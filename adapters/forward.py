@@ -82,7 +82,7 @@ class TextForward:
         new = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         queries, past = new.shape[1], cache.get_seq_length()
         total = past + queries
-        caches.check_window(cache, guards.sliding_window(self._family), total)
+        caches.check_window(guards.sliding_window(self._family), total)
         mask = checked_mask(kwargs.get("attention_mask"), total)
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -157,7 +157,6 @@ class TextForward:
             if not (text_config.use_cache if use is None else use):
                 return kwargs
             cache = caches.DynamicCache(config=text_config)
-            caches.check_window(cache, guards.sliding_window(self._family), call.layout.length)
             kwargs = {**kwargs, "past_key_values": cache}
         layers = [call.tokens] * (self._info.text_depth or 0)
         state = caches.PromptState(call.layout.length, layers, inside=True, tail=call.layout.text_after_images())

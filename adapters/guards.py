@@ -7,7 +7,7 @@ from typing import Any
 from vlmprune.adapters import cache as caches
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.layout import PromptLayout
-from vlmprune.core.errors import UnsupportedError
+from vlmprune.core.errors import InputError, UnsupportedError
 
 REFUSED_ATTENTION = ("flex_attention",)
 
@@ -39,8 +39,8 @@ def read_layout(family: Family, kwargs: dict[str, Any], active: bool) -> PromptL
         return None
     new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     # A single new token is decoding; looking at it would stop the device at every step.
-    has_placeholders = new is not None and new.shape[1] > 1 and family.base is not None and family.layout(kwargs)
-    if family.brings_images(kwargs) or has_placeholders:
+    turn = new is not None and new.shape[1] > 1 and family.base is not None
+    if family.brings_images(kwargs) or (turn and _has_placeholders(family, kwargs)):
         raise UnsupportedError(
             "Images arrived while the KV cache already holds tokens (a second image turn, or chunked prefill). "
             "Start again with a fresh cache and the whole conversation, without prefill_chunk_size."
@@ -48,21 +48,32 @@ def read_layout(family: Family, kwargs: dict[str, Any], active: bool) -> PromptL
     return None
 
 
+def _has_placeholders(family: Family, kwargs: dict[str, Any]) -> bool:
+    try:
+        return family.layout(kwargs) is not None
+    except InputError:  # a part of an image's placeholders
+        return True
+
+
 def refuse_dense_on_pruned(kwargs: dict[str, Any]) -> None:
     """Refuse a dense forward on a cache from which tokens are missing."""
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, caches.PrunedDynamicCache) and cache.stored() > 0:
-        raise UnsupportedError("This KV cache was pruned; a dense run needs a fresh one.")
+    if isinstance(cache, caches.PrunedDynamicCache) and cache.holds_prompt:
+        raise UnsupportedError(caches.PRUNED)
 
 
 def sliding_window(family: Family) -> int | None:
     """The decoder's sliding attention window, None without one."""
-    return getattr(family.text_model.config, "sliding_window", None)
+    config = family.text_model.config
+    types = getattr(config, "layer_types", None)
+    if types is not None and not any("sliding" in kind for kind in types):
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def _check_prefill(family: Family, cache: Any, length: int) -> None:
     caches.check_cache(cache)
-    caches.check_window(cache, sliding_window(family), length)
+    caches.check_window(sliding_window(family), length)
     text = family.text_model
     if text.training and any(getattr(module, "gradient_checkpointing", False) for module in text.modules()):
         raise UnsupportedError(

@@ -129,7 +129,8 @@ def from_placeholders(
         if len(positions) % tokens_per_image:
             raise InputError(
                 f"Row {row} has {len(positions)} image placeholder tokens, which is no multiple of the "
-                f"{tokens_per_image} tokens of an image; build the prompt with the model's processor."
+                f"{tokens_per_image} tokens of an image; build the prompt with the model's processor, and leave out "
+                    "prefill_chunk_size."
             )
         for index, part in enumerate(positions.reshape(-1, tokens_per_image)):
             images.append(PromptImage(row, index, tuple(part.tolist()), views))

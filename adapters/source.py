@@ -69,8 +69,8 @@ class SignalSource:
         images = self._call.layout.images
         if self._sample_ids is not None:
             content = [self._sample_ids[image.sample // self._repeats()] for image in images]
-        elif self._tower.last is not None and self._tower.last.digests:
-            content = [self._tower.last.digests[row] for row in self._tower_rows().tolist()]
+        elif (record := self._tower.current()) is not None and record.digests:
+            content = [record.digests[row] for row in self._tower_rows().tolist()]
         else:
             content = [tensor_digest(self._embeds[image.sample, list(image.positions)]) for image in images]
         return tuple(item_seed(seed, c, image.index) for c, image in zip(content, images, strict=True))
@@ -89,7 +89,8 @@ class SignalSource:
         ``generate`` may expand rows after the images were encoded; each run of ``repeats`` rows then shares images.
         """
         images = self._call.layout.images
-        encoded = self._tower.last.images if self._tower.last is not None else 0
+        record = self._tower.current()
+        encoded = 0 if record is None else record.images
         if encoded == 0 or len(images) % encoded:
             raise SignalError(
                 f"The prompt has {len(images)} images, but {encoded} were encoded since the policy was applied; "

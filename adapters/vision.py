@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,7 @@ from vlmprune.adapters import tap
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.core import signals as s
-from vlmprune.core.errors import SignalError
+from vlmprune.core.errors import ActiveError, SignalError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.randomness import tensor_digest
 from vlmprune.kernels.column_mass import attention_rows, column_mass
@@ -24,9 +25,13 @@ ATTENTION_SIGNALS = (s.ColumnMass, s.ClsRow, s.ClsLogits, s.Keys, s.QK)
 
 @dataclass
 class TowerRecord:
-    """One run of the tower: ``values`` per signal, ``[images, N, ...]``, without the CLS token."""
+    """One run of the tower: ``values`` per signal, ``[images, N, ...]``, without the CLS token.
+
+    ``thread`` is the one that ran it.
+    """
 
     images: int = 0
+    thread: int = field(default_factory=threading.get_ident)
     values: dict[s.Signal, Any] = field(default_factory=dict)
     digests: list[str] = field(default_factory=list)
     projected: Tensor | None = None
@@ -65,18 +70,29 @@ class TowerRecorder:
         """Drop what was recorded."""
         self.last = None
 
+    def current(self) -> TowerRecord | None:
+        """The last run of the tower, None if there was none.
+
+        Raises:
+            ActiveError: another thread's ``generate`` encoded its images in between.
+        """
+        if self.last is not None and self.last.thread != threading.get_ident():
+            raise ActiveError("Another thread encoded images with this pruned model; use one model copy per thread.")
+        return self.last
+
     def signal(self, signal: s.Signal, rows: Tensor) -> Any:
         """A recorded signal for images ``rows`` (int64 ``[I]``) of the last run.
 
         Raises:
             SignalError: the tower did not run since ``apply``, so there is nothing to read.
         """
-        if self.last is None or signal not in self.last.values:
+        record = self.current()
+        if record is None or signal not in record.values:
             raise SignalError(
                 f"{signal} was not recorded: the images were encoded before the policy was applied. "
                 "Apply first, then encode."
             )
-        value = self.last.values[signal]
+        value = record.values[signal]
         if isinstance(value, tuple):
             return tuple(part[rows] for part in value)
         return value[rows]

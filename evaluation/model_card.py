@@ -34,8 +34,8 @@ from vlmprune.evaluation.training_record import curve_tables, read_training, tra
 CARD_NAME = "MODEL_CARD.md"
 POLICIES = ("hiprune", "todre")
 BUDGETS = (0.22, 0.11, 0.05)
-SCENE_QUESTIONS = 2400
-EASY_QUESTIONS = 2000
+SCENE_QUESTIONS = 1600
+EASY_QUESTIONS = 1000
 READING = (
     "Held-out scenes use photos, handwritten digits and arrangements that training did not see; easy-VQA is "
     "the public test split. Percent right by exact match, 95 % Wilson intervals. *Text only*: the same "
@@ -176,7 +176,7 @@ def _largest(results: ResultsFile, task: str, policy: str) -> dict[str, ResultRo
 
 
 def _near_chance(results: ResultsFile) -> str:
-    """Say which families the model does not answer better than without the picture."""
+    """Say which families the model does not clearly answer better than without the picture."""
     weak = []
     for task in dict.fromkeys(row.task for row in results.rows):
         dense, blind = _largest(results, task, DENSE), _largest(results, task, TEXT_ONLY)
@@ -191,7 +191,7 @@ def _near_chance(results: ResultsFile) -> str:
     if outside:
         text += f" Left out of the headline: {', '.join(outside)}."
     if weak:
-        text += f" At or near the text-only score, so not learned: {', '.join(weak)}."
+        text += f" Not clearly above the text-only score (the intervals touch): {', '.join(weak)}."
     return text.strip()
 
 

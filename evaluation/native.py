@@ -104,8 +104,9 @@ def answer_one_batch(
             handle.sample_ids = None
     n_images = [len(row) for row in images]
     visual = count_image_tokens(model, inputs)
+    kept: list[tuple[int | None, int | None, float | None]]
     if handle is None:
-        kept = list(zip(visual, visual, visual, strict=True))
+        kept = [(count, count, count) for count in visual]
     else:
         kept = _reported(handle, previous, len(requests), any(n_images))
     rows = zip(texts, n_images, kept, new_tokens, strict=True)

@@ -15,7 +15,9 @@ class Progress:
     """
 
     def __init__(self, shown: bool, total: int) -> None:
-        self._shown, self._total, self._bar, self._task = shown, total, None, None
+        self._shown, self._total = shown, total
+        self._bar: Any = None
+        self._task: Any = None
 
     def __enter__(self) -> Progress:
         if self._shown:

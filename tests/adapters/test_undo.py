@@ -84,13 +84,14 @@ def test_keeping_everything_changes_no_bit(name: str, parameters: dict[str, Any]
         assert handle.last.kept_tokens == handle.last.visual_tokens == tuple(N * n for n in prompt.images)
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing was reduced")
 @pytest.mark.parametrize("name", [n for n in vlmprune.available() if n != "downsample"])
 def test_a_count_of_all_tokens_changes_no_bit(name: str) -> None:
     model, prompt = small_llava(), make_prompt((2, 1), True)
     dense = logits(model, prompt)
     settings = {"tau": 0.0} if name == "todre" else {}
     with vlmprune.applied(model, name, keep=N, **settings):
-        assert torch.equal(logits(model, prompt), dense)
+        assert torch.equal(logits(model, prompt)[prompt.real], dense[prompt.real])
 
 
 def test_the_matrix_names_every_policy() -> None:
@@ -260,6 +261,7 @@ def test_disabled_runs_the_dense_model() -> None:
 
 def test_context_managers_remove() -> None:
     model, prompt = small_llava(), make_prompt()
+    logits(model, prompt)
     before = state(model)
     with vlmprune.applied(model, "hiprune", keep=0.5) as handle:
         assert handle.active and "active" in repr(handle)
@@ -268,8 +270,7 @@ def test_context_managers_remove() -> None:
         logits(model, prompt)
     with pytest.raises(KeyError), vlmprune.applied(model, "hiprune", keep=0.5):
         raise KeyError
-    after = state(model)
-    assert {name: row[1:3] for name, row in after.items()} == {name: row[1:3] for name, row in before.items()}
+    assert state(model) == before
 
 
 def test_saving_while_applied(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ from transformers import AutoTokenizer
 
 from vlmprune.embedded import model_path
 from vlmprune.embedded.bank import SHAPES
+from vlmprune.embedded.model import build_model, vision_tower
 from vlmprune.embedded.processor import build_tokenizer, prompt
 from vlmprune.embedded.scenes import GRID, Scene, generate_scene
 from vlmprune.embedded.train.align import WORDS, word_targets
 from vlmprune.embedded.train.batches import ALL, Encoder, choose_tokens, make_batch
 from vlmprune.embedded.train.common import StageSettings, learning_rate
+from vlmprune.embedded.train.decoder import train_decoder
 from vlmprune.embedded.train.labels import ALL_COLOURS, N_KINDS, Labels
 from vlmprune.embedded.train.scene_cache import Entry
 from vlmprune.embedded.train.tower import train_tower
@@ -100,7 +102,7 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_tower_stage_stops_and_resumes(tmp_path):
-    settings = StageSettings(minutes=0.005, batch=2)
+    settings = StageSettings(minutes=0.005, batch=2, eval_scenes=4)
     train_tower(0, 1, tmp_path, settings)
     first = torch.load(tmp_path / "tower.pt", weights_only=True)
     train_tower(0, 1, tmp_path, dataclasses.replace(settings, minutes=0.02))
@@ -108,3 +110,17 @@ def test_tower_stage_stops_and_resumes(tmp_path):
     assert 0 < first["step"] < second["step"] and first["elapsed"] < second["elapsed"]
     assert not torch.equal(first["values"], second["values"])
     assert (tmp_path / "curve.csv").read_text().count("\n") > 8
+
+
+def test_decoder_stage_runs_from_an_aligned_start(tmp_path, encoder):
+    settings = StageSettings(minutes=0.01, batch=4, eval_scenes=2, cache=8)
+    model = build_model(0)
+    tower_before = vision_tower(model).embeddings.patch_embedding.weight.clone()
+    projector_before = model.model.multi_modal_projector.linear_1.weight.clone()
+    train_decoder(0, 1, tmp_path, settings, model, encoder.tokenizer)
+    state = torch.load(tmp_path / "decoder.pt", weights_only=True)
+    assert state["step"] > 0 and state["images"] == 4 * state["step"]
+    assert torch.equal(vision_tower(model).embeddings.patch_embedding.weight, tower_before)  # frozen
+    assert not torch.equal(model.model.multi_modal_projector.linear_1.weight, projector_before)
+    rows = (tmp_path / "curve.csv").read_text().splitlines()
+    assert {row.split(",")[4] for row in rows[1:]} >= {"loss", "mass", "shape", "relation", "random22"}

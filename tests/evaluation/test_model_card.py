@@ -42,7 +42,7 @@ def test_the_card_states_what_was_measured(tmp_path: Path) -> None:
     assert "| shape | 400 | 97.0 (94.0 to 100.0) | 20.0 |" in text
     assert "| all | 400 | 85.0 (82.0 to 88.0) | 31.0 |" in text
     assert "Left out of the headline: relation." in text
-    assert "At or near the text-only score, so not learned: relation (scenes)." in text
+    assert "Not clearly above the text-only score (the intervals touch): relation (scenes)." in text
     assert "| hiprune | 22 % |" in text and "made up" in text
     assert "- patch labels: kind, colour" in text and "attention supervision" not in text
     assert "- seed: 3" in text and "  - name: tower" in text.replace("    ", "  ")

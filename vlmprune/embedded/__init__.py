@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlmprune.core.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -37,11 +39,11 @@ def model_path(name: str = "tiny-llava") -> Path:
     """Folder of an embedded checkpoint, in the layout of `from_pretrained`.
 
     Raises:
-        ValueError: unknown name; the message names the nearest known one.
+        InputError: unknown name; the message names the nearest known one.
     """
     if name not in _MODELS:
         near = difflib.get_close_matches(name, _MODELS, n=1, cutoff=0.0)
-        raise _input_error(f"unknown embedded model {name!r}; did you mean {near[0]!r}? Known: {', '.join(_MODELS)}")
+        raise InputError(f"unknown embedded model {name!r}; did you mean {near[0]!r}? Known: {', '.join(_MODELS)}")
     return Path(__file__).parent / "assets" / name
 
 
@@ -55,21 +57,13 @@ def load_embedded(
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: unknown name.
+        InputError: unknown name.
     """
     path = model_path(name)
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
     return model.eval(), AutoProcessor.from_pretrained(path)
-
-
-def _input_error(message: str) -> Exception:
-    try:
-        from vlmprune.core.errors import InputError
-    except ImportError:
-        return ValueError(message)
-    return InputError(message)
 
 
 def __getattr__(name: str) -> Any:

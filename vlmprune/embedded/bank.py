@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from vlmprune.core.errors import InputError
+
 ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "test")
 SHAPES = ("circle", "rectangle", "triangle", "star", "cross", "diamond", "ring")
@@ -68,10 +70,10 @@ def load_bank(split: str) -> Bank:
     """Load the bank of `"train"` or `"test"`.
 
     Raises:
-        ValueError: unknown split.
+        InputError: unknown split.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose 'train' or 'test'")
+        raise InputError(f"unknown split {split!r}; choose 'train' or 'test'")
     names, photos = [], []
     for path in sorted((ASSETS / "photos" / split).glob("*.jpg")):
         image = Image.open(path).convert("RGB")
@@ -144,7 +146,7 @@ def _outline(kind: str, turn: int) -> list[tuple[float, float]]:
         return [
             (radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5)) for i in range(10)
         ]
-    raise ValueError(f"unknown shape {kind!r}; choose one of {', '.join(SHAPES)}")
+    raise InputError(f"unknown shape {kind!r}; choose one of {', '.join(SHAPES)}")
 
 
 def draw_digit(image: np.ndarray, size: int, angle: float, shear: float) -> Mask:

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vlmprune.core.errors import InputError
+
 from .bank import ASSETS, SPLITS
 
 EASY_SHAPES = ("circle", "rectangle", "triangle")
@@ -45,10 +47,10 @@ def load_easy_vqa(split: str = "test") -> EasyVQA:
     """Load a split: `"test"` (1000 images, 9673 questions) or `"train"` (4000 images, 38575 questions).
 
     Raises:
-        ValueError: unknown split.
+        InputError: unknown split.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose 'train' or 'test'")
+        raise InputError(f"unknown split {split!r}; choose 'train' or 'test'")
     with zipfile.ZipFile(ASSETS / f"easy_vqa_{split}.zip") as archive:
         rows = json.loads(archive.read("questions.json"))
         names = [name for name in archive.namelist() if name.endswith(".png")]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class DecoderOutput:
 
 
 def decode(
-    decoder: nn.Module,
+    decoder: Any,
     prefix: Tensor,
     branches: Tensor,
     watch_layer: int,
@@ -122,5 +122,5 @@ class _RmsNorm(torch.autograd.Function):
         return (grad * weight).addcmul_(unit, inner, value=-1.0).mul_(inverse), grad_weight, None
 
 
-def _rms(x: Tensor, norm: nn.Module) -> Tensor:
+def _rms(x: Tensor, norm: Any) -> Tensor:
     return _RmsNorm.apply(x, norm.weight, norm.variance_epsilon)

@@ -8,10 +8,11 @@ them against the stock modules.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .scenes import GRID, PATCH_SIZE
 
@@ -27,7 +28,7 @@ def patchify(images: Tensor) -> Tensor:
     return cut.permute(0, 1, 3, 5, 2, 4).reshape(batch, GRID * GRID, -1)
 
 
-def embed_patches(tower: nn.Module, patches: Tensor, dtype: torch.dtype) -> Tensor:
+def embed_patches(tower: Any, patches: Tensor, dtype: torch.dtype) -> Tensor:
     """Patch embedding of raw pixels `[B, P, 768]`: CLIP's normalisation is folded into weight and bias."""
     weight = tower.embeddings.patch_embedding.weight  # [C, 3, 16, 16]
     mean = torch.tensor(PIXEL_MEAN, device=weight.device).view(1, 3, 1, 1)
@@ -40,7 +41,7 @@ def embed_patches(tower: nn.Module, patches: Tensor, dtype: torch.dtype) -> Tens
 
 
 def tower_features(
-    tower: nn.Module, patches: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+    tower: Any, patches: Tensor, index: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
     """Output of the last block but one (`hidden_states[-2]`) with CLS first.
 
@@ -64,19 +65,19 @@ def tower_features(
     return x
 
 
-def tower_pooled(tower: nn.Module, features: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def tower_pooled(tower: Any, features: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """`pooler_output` `[B, C]` from the features `[B, 1 + P, C]`: the last block for the CLS query only."""
     cls = _clip_block(tower.encoder.layers[-1], features[:, :1], features, dtype)
     return _layer_norm(cls[:, 0], tower.post_layernorm)
 
 
-def project(projector: nn.Module, features: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def project(projector: Any, features: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The stock two-layer projector, float32 out."""
     hidden = F.gelu(_linear(features.to(dtype), projector.linear_1, dtype))
     return _linear(hidden, projector.linear_2, dtype).float()
 
 
-def _clip_block(layer: nn.Module, x: Tensor, context: Tensor, dtype: torch.dtype) -> Tensor:
+def _clip_block(layer: Any, x: Tensor, context: Tensor, dtype: torch.dtype) -> Tensor:
     """One CLIP block for the queries `x`, which are the first tokens of `context`."""
     attention = layer.self_attn
     batch, length, width = x.shape
@@ -93,10 +94,10 @@ def _clip_block(layer: nn.Module, x: Tensor, context: Tensor, dtype: torch.dtype
     return x + _linear(hidden, layer.mlp.fc2, dtype)
 
 
-def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+def _layer_norm(x: Tensor, norm: Any) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _linear(x: Tensor, linear: nn.Linear, dtype: torch.dtype) -> Tensor:
+def _linear(x: Tensor, linear: Any, dtype: torch.dtype) -> Tensor:
     bias = None if linear.bias is None else linear.bias.to(dtype)
     return F.linear(x, linear.weight.to(dtype), bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -81,13 +81,13 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     return model.eval()
 
 
-def vision_tower(model: LlavaForConditionalGeneration) -> nn.Module:
+def vision_tower(model: LlavaForConditionalGeneration) -> Any:
     """The module with `embeddings`, `encoder` and the norms, in old and new transformers."""
     tower = model.model.vision_tower
     return getattr(tower, "vision_model", tower)
 
 
-def _start_tower(tower: nn.Module) -> None:
+def _start_tower(tower: Any) -> None:
     embeddings = tower.embeddings
     embeddings.class_embedding.normal_(std=0.5)
     patch_weight = embeddings.patch_embedding.weight
@@ -115,13 +115,13 @@ def sine_positions(grid: int, width: int) -> torch.Tensor:
     return torch.cat([across, down], dim=-1).reshape(grid * grid, width)
 
 
-def _start_projector(projector: nn.Module) -> None:
+def _start_projector(projector: Any) -> None:
     for linear in (projector.linear_1, projector.linear_2):
         linear.weight.normal_(std=1.0 / math.sqrt(linear.in_features))
         linear.bias.zero_()
 
 
-def _start_decoder(decoder: nn.Module) -> None:
+def _start_decoder(decoder: Any) -> None:
     decoder.embed_tokens.weight.normal_(std=EMBEDDING_STD)
     # Tied embeddings this large give large logits; a small final norm brings them back to scale.
     decoder.norm.weight.fill_(FINAL_NORM)

@@ -7,16 +7,21 @@ answer follows from the object list without doubt (a unique colour, a unique sha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+from vlmprune.core.errors import InputError
 
 from .bank import SHAPES
 from .scenes import COLOURS, DIGIT, IMAGE_SIZE, KINDS, Scene, SceneObject
 
+T = TypeVar("T")
 FAMILIES = ("shape", "colour", "digit", "digit_colour", "side", "count", "exist", "relation")
-HEADLINE_FAMILIES = ("shape", "colour", "digit", "digit_colour")
+HEADLINE_T = TypeVar("T")
+FAMILIES = ("shape", "colour", "digit", "digit_colour")
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
 SIDE_MARGIN = 14  # pixels from the middle of the image
 RELATION_MARGIN = 20  # pixels between two centres
@@ -47,10 +52,10 @@ def ask(rng: np.random.Generator, scene: Scene, family: str) -> Question | None:
     """Draw a question of one family, or None where the scene allows none.
 
     Raises:
-        ValueError: unknown family.
+        InputError: unknown family.
     """
     if family not in _ASK:
-        raise ValueError(f"unknown question family {family!r}; choose one of {', '.join(FAMILIES)}")
+        raise InputError(f"unknown question family {family!r}; choose one of {', '.join(FAMILIES)}")
     return _ASK[family](rng, scene)
 
 
@@ -74,7 +79,7 @@ def draw_questions(
     return found
 
 
-def _pick(rng: np.random.Generator, items: list) -> object:
+def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     return items[int(rng.integers(len(items)))]
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from vlmprune.core.errors import InputError
+
 from .questions import FAMILIES, Question, ask
 from .scenes import HELD_OUT, generate_scene
 
@@ -43,10 +45,10 @@ def scene_questions(seed: int = 0, n: int = 300, per_scene: int = 6) -> list[Sce
         per_scene: questions of one scene, between 1 and 8, all of different families.
 
     Raises:
-        ValueError: `n` or `per_scene` out of range.
+        InputError: `n` or `per_scene` out of range.
     """
     if n < 1 or not 1 <= per_scene <= len(FAMILIES):
-        raise ValueError(f"need n >= 1 and 1 <= per_scene <= {len(FAMILIES)}, got n={n}, per_scene={per_scene}")
+        raise InputError(f"need n >= 1 and 1 <= per_scene <= {len(FAMILIES)}, got n={n}, per_scene={per_scene}")
     rng = np.random.default_rng([HELD_OUT_STREAM, seed])
     used: Counter[str] = Counter(dict.fromkeys(FAMILIES, 0))
     rows: list[SceneQuestion] = []

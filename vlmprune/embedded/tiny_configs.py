@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlmprune.core.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
@@ -57,12 +59,12 @@ def random_llava(
         A stock `LlavaForConditionalGeneration`.
 
     Raises:
-        ValueError: unknown tower or decoder name, or an image size that the patch size does not divide.
+        InputError: unknown tower or decoder name, or an image size that the patch size does not divide.
     """
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     if image_size % patch_size:
-        raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}; choose one that is")
+        raise InputError(f"image_size {image_size} is not a multiple of patch_size {patch_size}; choose one that is")
     config = LlavaConfig(
         vision_config=_vision_config(vision, vision_depth, hidden, heads, image_size, patch_size),
         text_config=_text_config(text, text_layers, hidden, heads, kv_heads or heads, vocab_size),
@@ -134,7 +136,7 @@ def _vision_config(name: str, depth: int, hidden: int, heads: int, image_size: i
     if name == "siglip":
         # The pooling head is not used by LLaVA; without it every parameter takes part in the forward pass.
         return SiglipVisionConfig(**sizes, vision_use_head=False)
-    raise ValueError(f"unknown vision tower {name!r}; choose 'clip' or 'siglip'")
+    raise InputError(f"unknown vision tower {name!r}; choose 'clip' or 'siglip'")
 
 
 def _text_config(name: str, layers: int, hidden: int, heads: int, kv_heads: int, vocab_size: int) -> Any:
@@ -142,7 +144,7 @@ def _text_config(name: str, layers: int, hidden: int, heads: int, kv_heads: int,
 
     classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}
     if name not in classes:
-        raise ValueError(f"unknown text decoder {name!r}; choose one of {', '.join(classes)}")
+        raise InputError(f"unknown text decoder {name!r}; choose one of {', '.join(classes)}")
     extra = {"sliding_window": None} if name == "mistral" else {}
     return classes[name](
         vocab_size=vocab_size,

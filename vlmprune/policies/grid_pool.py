@@ -57,6 +57,8 @@ class GridPool(SingleSitePolicy):
             for item, counts in enumerate(view_counts)
         ]
         n_out = tuple(sum(row) for row in sizes)
+        if n_out == context.lengths:
+            return Selection.keep_all(context.valid, context.lengths)  # pooling to the same grid changes nothing
         features = x.new_zeros(context.n_items, max(n_out, default=0), x.shape[2])
         sources = torch.zeros(*features.shape[:2], context.width, device=x.device)
         place = torch.full(features.shape[:2], -1, dtype=torch.long, device=x.device)

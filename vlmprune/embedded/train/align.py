@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bank import SHAPES
 from ..easyvqa import image_facts, load_easy_vqa
@@ -31,7 +31,7 @@ SCALE, OFFSET = 2.5, 4.0  # a word counts as present from a component of 1.6; em
 SEED = 31
 
 
-def load_tower(model: nn.Module, path: Path) -> None:
+def load_tower(model: Any, path: Path) -> None:
     """Copy the averaged tower weights of a stage-1 checkpoint into the model.
 
     Raises:
@@ -65,7 +65,7 @@ def word_targets(entry: Entry) -> np.ndarray:
     return table[entry.owner]
 
 
-def whiten(projector: nn.Module, features: Tensor) -> None:
+def whiten(projector: Any, features: Tensor) -> None:
     """Fold the mean and spread of the features into the first linear layer."""
     mean, std = features.mean(0), features.std(0)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def whiten(projector: nn.Module, features: Tensor) -> None:
         projector.linear_1.bias.copy_(-(projector.linear_1.weight @ mean))
 
 
-def align(out: Path, tokenizer: Any, seconds: float = 30.0, seed: int = 0) -> nn.Module:
+def align(out: Path, tokenizer: Any, seconds: float = 30.0, seed: int = 0) -> Any:
     """Make the starting point of stage 2 from `out/tower.pt`; the state goes to `out/aligned.pt`."""
     model = build_model(seed)
     load_tower(model, out / "tower.pt")
@@ -111,7 +111,7 @@ def align(out: Path, tokenizer: Any, seconds: float = 30.0, seed: int = 0) -> nn
     return model
 
 
-def load_aligned(out: Path, seed: int = 0) -> nn.Module:
+def load_aligned(out: Path, seed: int = 0) -> Any:
     """The model that `align` left in `out`."""
     model = build_model(seed)
     model.load_state_dict(load_checkpoint(out / "aligned.pt"))

@@ -123,4 +123,7 @@ def make_batch(
                     focus[b, q, 1] = np.isin(owner, item.second)
     positions = np.stack([e.positions()[k] for e, k in zip(entries, kept, strict=True)])
     families = [[q.family for q in row] for row in rows]
-    return Batch(*(torch.from_numpy(a) for a in (kept, ids, place, answers, focus, positions)), families)
+    kept_t, ids_t, place_t, answers_t, focus_t, positions_t = (
+        torch.from_numpy(array) for array in (kept, ids, place, answers, focus, positions)
+    )
+    return Batch(kept_t, ids_t, place_t, answers_t, focus_t, positions_t, families)

@@ -32,6 +32,8 @@ class StageSettings:
         seed: seed of weights and data.
         save_every: seconds between checkpoints.
         eval_every: seconds between held-out evaluations.
+        eval_scenes: number of held-out scenes.
+        cache: pictures per rank that stage `decoder` keeps encoded.
     """
 
     minutes: float
@@ -43,6 +45,8 @@ class StageSettings:
     seed: int = 0
     save_every: float = 60.0
     eval_every: float = 90.0
+    eval_scenes: int = 128
+    cache: int = 2500
 
 
 class FlatParameters:

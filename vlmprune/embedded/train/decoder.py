@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..easyvqa import load_easy_vqa
 from ..fastdecoder import decode
@@ -21,16 +21,8 @@ from ..fastpath import patchify, project, tower_features
 from ..questions import FAMILIES, Question, ask
 from ..scenes import GRID, HELD_OUT, Scene, generate_scene
 from .batches import ALL, LATE, LOOKUP, Batch, Encoder, choose_tokens, make_batch
-from .common import (
-    Clock,
-    FlatParameters,
-    StageSettings,
-    append_row,
-    learning_rate,
-    load_checkpoint,
-    logger,
-    save_checkpoint,
-)
+from .common import StageSettings
+from .run import Run
 from .scene_cache import Entry, SceneCache
 
 FOCUS_LAYER = 2
@@ -43,10 +35,10 @@ QUESTIONS_PER_IMAGE = 10
 LOOKUP_SHARE = 0.15  # of the time, before the other families join
 LATE_FROM = 0.3
 INSTRUCTION_SHARE = 0.12
-STAGE_SEED = 21
+STAGE_SEED, CACHE_SEED = 21, 22
 
 
-def prefix_embeddings(model: nn.Module, encoder: Encoder, features: Tensor) -> Tensor:
+def prefix_embeddings(model: Any, encoder: Encoder, features: Tensor) -> Tensor:
     """`<s> USER:`, projected visual tokens, newline: float32 `[B, P, C]`."""
     core = model.model
     visual = project(core.multi_modal_projector, features)
@@ -56,7 +48,7 @@ def prefix_embeddings(model: nn.Module, encoder: Encoder, features: Tensor) -> T
     return torch.cat([before, visual, newline], dim=1)
 
 
-def answer_logits(model: nn.Module, encoder: Encoder, prefix: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def answer_logits(model: Any, encoder: Encoder, prefix: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits at `ASSISTANT:` and at the answer `[B, Q, vocab]`; attention of the former `[B, Q, H, V]`."""
     output = decode(model.model.language_model, prefix, batch.ids, FOCUS_LAYER)
     table = model.model.language_model.embed_tokens.weight.to(torch.bfloat16)
@@ -70,7 +62,7 @@ def answer_logits(model: nn.Module, encoder: Encoder, prefix: Tensor, batch: Bat
     return logits[0], logits[1], rows[..., start : start + batch.kept.shape[1]]
 
 
-def position_loss(model: nn.Module, encoder: Encoder, prefix: Tensor, batch: Batch) -> Tensor:
+def position_loss(model: Any, encoder: Encoder, prefix: Tensor, batch: Batch) -> Tensor:
     """Error of the object's place, read from the visual tokens along `left`-`right` and `top`-`bottom`.
 
     Without it one of the two axes can be lost early, and then no question about it is ever learned.
@@ -85,7 +77,7 @@ def position_loss(model: nn.Module, encoder: Encoder, prefix: Tensor, batch: Bat
     return (error.abs() * known).sum() / known.sum().clamp(min=1)
 
 
-def decoder_loss(model: nn.Module, encoder: Encoder, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def decoder_loss(model: Any, encoder: Encoder, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, whether each answer was right `[B, Q]`, and the mean attention mass on the right object."""
     prefix = prefix_embeddings(model, encoder, features)
     answer, end, attention = answer_logits(model, encoder, prefix, batch)
@@ -103,7 +95,7 @@ def decoder_loss(model: nn.Module, encoder: Encoder, features: Tensor, batch: Ba
 class HeldOut:
     """Fixed held-out scenes and questions, and easy-VQA test pictures, encoded once."""
 
-    def __init__(self, tower: nn.Module, encoder: Encoder, n_scenes: int = 96, seed: int = 98) -> None:
+    def __init__(self, tower: Any, encoder: Encoder, n_scenes: int, seed: int = 98) -> None:
         rng = np.random.default_rng(seed)
         self.rows: list[tuple[Entry, Tensor, list[Question]]] = []
         scenes = [generate_scene(rng, "test", HELD_OUT) for _ in range(n_scenes)]
@@ -116,7 +108,7 @@ class HeldOut:
             self.questions.append([q for q in asked if q is not None])
 
     @staticmethod
-    def _encode(tower: nn.Module, images: list[np.ndarray]) -> Tensor:
+    def _encode(tower: Any, images: list[np.ndarray]) -> Tensor:
         parts = []
         with torch.no_grad():
             for start in range(0, len(images), 32):
@@ -125,7 +117,7 @@ class HeldOut:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def accuracy(self, model: nn.Module, encoder: Encoder, keep: int | None = None) -> dict[str, float]:
+    def accuracy(self, model: Any, encoder: Encoder, keep: int | None = None) -> dict[str, float]:
         """First-token accuracy per family; `keep` random tokens per image instead of all."""
         rng = np.random.default_rng(3)
         hits: dict[str, list[bool]] = defaultdict(list)
@@ -134,7 +126,7 @@ class HeldOut:
             entries, questions = self.entries[part], self.questions[part]
             noise = rng.random((len(entries), GRID * GRID))
             kept = np.sort(np.argsort(noise, axis=1)[:, : keep or GRID * GRID], axis=1)
-            fixed = [_Fixed(e.owner, q) for e, q in zip(entries, questions, strict=True)]
+            fixed: list[Entry] = [_Fixed(e.owner, q) for e, q in zip(entries, questions, strict=True)]
             batch = make_batch(rng, encoder, fixed, len(FAMILIES), ALL, kept, False)
             features = _gather(self.features[part], batch.kept)
             prefix = prefix_embeddings(model, encoder, features)
@@ -160,7 +152,7 @@ def _gather(features: Tensor, kept: Tensor) -> Tensor:
     return features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
 
 
-def train_decoder(rank: int, world: int, out: Path, settings: StageSettings, model: nn.Module, tokenizer: Any) -> None:
+def train_decoder(rank: int, world: int, out: Path, settings: StageSettings, model: Any, tokenizer: Any) -> None:
     """Run or resume stage 2 on a model whose tower is trained and whose projector is aligned.
 
     Checkpoints go to `out/decoder.pt`, the curve to `out/curve.csv`.
@@ -168,66 +160,33 @@ def train_decoder(rank: int, world: int, out: Path, settings: StageSettings, mod
     core, encoder = model.model, Encoder(tokenizer)
     tower = getattr(core.vision_tower, "vision_model", core.vision_tower)
     tower.requires_grad_(False)
-    flat = FlatParameters([core.multi_modal_projector, core.language_model], settings.ema)
-    optimizer = flat.optimizer(settings.lr)
-    path, step, clock = out / "decoder.pt", 0, Clock(settings.minutes * 60)
-    state = load_checkpoint(path)
-    if state is not None:
-        step, clock.elapsed, flat.updates = state["step"], state["elapsed"], state["step"]
-        flat.values.copy_(state["values"])
-        flat.average.copy_(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-    cache_rng = np.random.default_rng([settings.seed, STAGE_SEED, rank, step, 1])
-    cache = SceneCache(tower, cache_rng, 2500, load_easy_vqa("train"))
-    held_out = HeldOut(tower, encoder) if rank == 0 else None
-    clock.skip()
-    progress, last_save, last_eval = clock.tick(), clock.elapsed, clock.elapsed
-    recent: dict[str, float] = {}
-    while progress < 1.0:
-        rng = np.random.default_rng([settings.seed, STAGE_SEED, rank, step])
-        cache.renew(rng, 4)
+    run = Run("decoder", out, settings, [core.multi_modal_projector, core.language_model], rank, world)
+    cache = SceneCache(tower, run.rng(CACHE_SEED), settings.cache, load_easy_vqa("train"))
+    held_out = HeldOut(tower, encoder, settings.eval_scenes if rank == 0 else 1)
+
+    def evaluate() -> dict[str, float]:
+        few = held_out.accuracy(model, encoder, keep=22).values()
+        return {**held_out.accuracy(model, encoder), "random22": float(np.mean(list(few)))}
+
+    run.begin()
+    while run.progress < 1.0:
+        # Ranks share what decides how long a step takes, so that neither waits for the other.
+        rng, shared = run.rng(STAGE_SEED), run.rng(STAGE_SEED, shared=True)
+        cache.renew(rng, settings.batch // 4)
         entries, features = cache.sample(rng, settings.batch)
-        shared = np.random.default_rng([settings.seed, STAGE_SEED, step])  # ranks take equally long steps
-        kept = choose_tokens(shared, np.stack([e.owner for e in entries]), progress)
-        weights = LOOKUP if progress < LOOKUP_SHARE else ALL if progress < LATE_FROM else LATE
-        batch = make_batch(
-            rng,
-            encoder,
-            entries,
-            QUESTIONS_PER_IMAGE,
-            weights,
-            kept,
-            bool(shared.random() < INSTRUCTION_SHARE),
-        )
-        flat.zero_grad()
+        kept = choose_tokens(shared, np.stack([entry.owner for entry in entries]), run.progress)
+        instruction = bool(shared.random() < INSTRUCTION_SHARE)
+        weights = family_weights(run.progress)
+        batch = make_batch(rng, encoder, entries, QUESTIONS_PER_IMAGE, weights, kept, instruction)
+        run.flat.zero_grad()
         loss, right, mass = decoder_loss(model, encoder, _gather(features, batch.kept), batch)
         loss.backward()
-        progress = flat.reduce(clock.tick(), world)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, progress)
-        optimizer.step()
-        flat.update_average()
-        step += 1
-        if rank:
-            continue
-        now = {"loss": float(loss), "mass": float(mass), "train": float(right.float().mean())}
-        recent = {k: 0.97 * recent.get(k, v) + 0.03 * v for k, v in now.items()}
-        if clock.elapsed - last_eval > settings.eval_every or progress >= 1.0:
-            last_eval = clock.elapsed
-            flat.swap_average()
-            metrics = held_out.accuracy(model, encoder)
-            few = held_out.accuracy(model, encoder, keep=22)
-            flat.swap_average()
-            clock.skip()
-            images = step * settings.batch * world
-            shown = {**recent, **metrics, "random22": float(np.mean(list(few.values())))}
-            logger.info("decoder step %d images %d seconds %.0f %s", step, images, clock.elapsed,
-                        " ".join(f"{k} {v:.2f}" for k, v in shown.items()))  # fmt: skip
-            row = {"stage": "decoder", "step": step, "images": images, "seconds": round(clock.elapsed)}
-            append_row(out / "curve.csv", {**row, **shown})
-        if clock.elapsed - last_save > settings.save_every or progress >= 1.0:
-            last_save = clock.elapsed
-            save_checkpoint(path, {
-                "step": step, "elapsed": clock.elapsed, "values": flat.values, "average": flat.average,
-                "optimizer": optimizer.state_dict(), "images": step * settings.batch * world,
-            })  # fmt: skip
+        recent = {"loss": loss.item(), "mass": mass.item(), "train": right.float().mean().item()}
+        run.finish_step(recent, evaluate)
+
+
+def family_weights(progress: float) -> dict[str, float]:
+    """Curriculum: look-up families first, then all, then mostly those that take longest."""
+    if progress < LOOKUP_SHARE:
+        return LOOKUP
+    return ALL if progress < LATE_FROM else LATE

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..easyvqa import EasyQuestion, EasyVQA, object_mask
 from ..fastpath import patchify, tower_features
@@ -23,14 +24,15 @@ class Entry:
 
     owner: np.ndarray  # int16 [196], object index or -1
     scene: Scene | None = None
-    easy: list[EasyQuestion] | None = None
+    easy: tuple[EasyQuestion, ...] = ()
 
     def positions(self) -> np.ndarray:
         """Centre of the object on each patch, -1..1 in x and y, float32 `[196, 2]`; NaN where there is none."""
-        centres = [] if self.scene is None else [item.centre for item in self.scene.objects]
-        table = np.full((max(len(centres), 1) + 1, 2), np.nan, dtype=np.float32)
-        if centres:
-            table[: len(centres)] = np.asarray(centres) / (IMAGE_SIZE / 2) - 1
+        if self.scene is None:
+            return np.full((len(self.owner), 2), np.nan, dtype=np.float32)
+        centres = [item.centre for item in self.scene.objects]
+        table = np.full((len(centres) + 1, 2), np.nan, dtype=np.float32)  # the last row serves index -1
+        table[:-1] = np.asarray(centres).reshape(-1, 2) / (IMAGE_SIZE / 2) - 1
         return table[self.owner]
 
     def questions(self, rng: np.random.Generator, count: int, weights: dict[str, float]) -> list[Question]:
@@ -47,7 +49,7 @@ class SceneCache:
 
     def __init__(
         self,
-        tower: nn.Module,
+        tower: Any,
         rng: np.random.Generator,
         size: int,
         easy: EasyVQA | None,
@@ -87,7 +89,7 @@ class SceneCache:
             image_id = self.pictures.ids[int(rng.integers(len(self.pictures.ids)))]
             image = self.pictures.load(rng, image_id)
             cells = object_mask(image).reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).sum(axis=(1, 3)).reshape(-1)
-            return image, Entry(np.where(cells > 10, 0, -1).astype(np.int16), easy=self.by_image[image_id])
+            return image, Entry(np.where(cells > 10, 0, -1).astype(np.int16), easy=tuple(self.by_image[image_id]))
         scene = generate_scene(rng, "train", TRAIN_SCENES)
         bare = Scene(np.empty(0, np.uint8), scene.objects, scene.patch_object, scene.background)
         return scene.image, Entry(scene.patch_object.reshape(-1), scene=bare)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,20 +26,13 @@ from ..scenes import (
     SceneSettings,
     generate_scene,
 )
-from .common import (
-    Clock,
-    FlatParameters,
-    StageSettings,
-    append_row,
-    learning_rate,
-    load_checkpoint,
-    logger,
-    save_checkpoint,
-)
+from .common import StageSettings
 from .labels import IGNORE, N_COLOURS, N_KINDS, N_PRESENCE, EasyPictures, Labels
+from .run import Run
 
 EASY_SHARE = 0.1
 STAGE_SEED = 11
+ALL_PATCHES_FROM = 0.85  # of the time; until then half of the patches are dropped
 
 
 class TowerHeads(nn.Module):
@@ -88,7 +82,7 @@ def choose_patches(rng: np.random.Generator, labels: Labels, count: int) -> np.n
     return np.sort(np.argpartition(-priority, count - 1, axis=1)[:, :count], axis=1)
 
 
-def tower_loss(tower: nn.Module, heads: TowerHeads, images: np.ndarray, labels: Labels, index: np.ndarray) -> Tensor:
+def tower_loss(tower: Any, heads: TowerHeads, images: np.ndarray, labels: Labels, index: np.ndarray) -> Tensor:
     """Weighted sum of the dense and the image-level losses."""
     chosen = torch.from_numpy(index)
     patches = patchify(torch.from_numpy(images))
@@ -127,7 +121,7 @@ def tower_loss(tower: nn.Module, heads: TowerHeads, images: np.ndarray, labels: 
 
 
 @torch.no_grad()
-def evaluate_tower(tower: nn.Module, heads: TowerHeads, n_scenes: int = 128, seed: int = 99) -> dict[str, float]:
+def evaluate_tower(tower: Any, heads: TowerHeads, n_scenes: int = 128, seed: int = 99) -> dict[str, float]:
     """Held-out accuracy per object patch, per digit object, and false objects on the background."""
     rng = np.random.default_rng(seed)
     settings = replace(HELD_OUT, digit_weights=(0.0, 0.3, 0.4, 0.3))
@@ -171,49 +165,14 @@ def train_tower(rank: int, world: int, out: Path, settings: StageSettings) -> No
     tower = vision_tower(model)
     torch.manual_seed(settings.seed)
     heads = TowerHeads()
-    flat = FlatParameters([tower, heads], settings.ema)
-    optimizer = flat.optimizer(settings.lr)
-    path, step, clock = out / "tower.pt", 0, Clock(settings.minutes * 60)
-    state = load_checkpoint(path)
-    if state is not None:
-        step, clock.elapsed, flat.updates = state["step"], state["elapsed"], state["step"]
-        flat.values.copy_(state["values"])
-        flat.average.copy_(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+    run = Run("tower", out, settings, [tower, heads], rank, world)
     easy = EasyPictures(load_easy_vqa("train"))
-    clock.skip()
-    progress, running, last_save, last_eval = clock.tick(), torch.zeros(()), clock.elapsed, clock.elapsed
-    while progress < 1.0:
-        rng = np.random.default_rng([settings.seed, STAGE_SEED, rank, step])
-        images, labels = draw_batch(rng, settings.batch, progress, easy)
-        index = choose_patches(rng, labels, 98 if progress < 0.85 else GRID * GRID)
-        flat.zero_grad()
+    run.begin()
+    while run.progress < 1.0:
+        rng = run.rng(STAGE_SEED)
+        images, labels = draw_batch(rng, settings.batch, run.progress, easy)
+        index = choose_patches(rng, labels, 98 if run.progress < ALL_PATCHES_FROM else GRID * GRID)
+        run.flat.zero_grad()
         loss = tower_loss(tower, heads, images, labels, index)
         loss.backward()
-        progress = flat.reduce(clock.tick(), world)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, progress)
-        optimizer.step()
-        flat.update_average()
-        step += 1
-        running = 0.98 * running + 0.02 * loss.detach() if step > 1 else loss.detach()
-        if rank:
-            continue
-        if clock.elapsed - last_eval > settings.eval_every or progress >= 1.0:
-            clock.tick()
-            last_eval = clock.elapsed
-            flat.swap_average()
-            metrics = evaluate_tower(tower, heads)
-            flat.swap_average()
-            clock.skip()
-            images_seen = step * settings.batch * world
-            logger.info("tower step %d images %d seconds %.0f loss %.3f %s", step, images_seen, clock.elapsed,
-                        float(running), " ".join(f"{k} {v:.3f}" for k, v in metrics.items()))  # fmt: skip
-            row = {"stage": "tower", "step": step, "images": images_seen, "seconds": round(clock.elapsed)}
-            append_row(out / "curve.csv", {**row, "loss": float(running), **metrics})
-        if clock.elapsed - last_save > settings.save_every or progress >= 1.0:
-            last_save = clock.elapsed
-            save_checkpoint(path, {
-                "step": step, "elapsed": clock.elapsed, "values": flat.values, "average": flat.average,
-                "optimizer": optimizer.state_dict(), "images": step * settings.batch * world,
-            })  # fmt: skip
+        run.finish_step({"loss": loss.item()}, lambda: evaluate_tower(tower, heads, settings.eval_scenes))
