@@ -19,6 +19,8 @@ endif
 OLDER := $(patsubst .ci/transformers-%.txt,%,$(wildcard .ci/transformers-*.txt))
 VERSION_TESTS ?= tests/adapters tests/packaging/test_huggingface_kernels.py
 PYTEST_ARGS ?=
+# Two workers; a file's tests stay together, so that its fixtures are made once.
+WORKERS ?= -n 2 --dist loadfile
 
 .PHONY: demo test test-transformers lint format install clean
 
@@ -26,7 +28,7 @@ demo: $(STAMP)
 	$(BIN)/vlmprune quickstart --output runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 # The adapter tests on the oldest and on a middle version; `make test` runs them on the newest.
 test-transformers: $(addprefix test-transformers-,$(OLDER))
@@ -34,7 +36,7 @@ test-transformers: $(addprefix test-transformers-,$(OLDER))
 test-transformers-%: $(VENV)/transformers-%/.stamp
 	PYTHONPATH="$(CURDIR)/$(VENV)/transformers-$*" $(BIN)/python -c \
 	    "import transformers; assert transformers.__version__ == '$*', transformers.__version__"
-	PYTHONPATH="$(CURDIR)/$(VENV)/transformers-$*" $(BIN)/python -m pytest $(VERSION_TESTS) $(PYTEST_ARGS)
+	PYTHONPATH="$(CURDIR)/$(VENV)/transformers-$*" $(BIN)/python -m pytest $(WORKERS) $(VERSION_TESTS) $(PYTEST_ARGS)
 
 .PRECIOUS: $(VENV)/transformers-%/.stamp
 $(VENV)/transformers-%/.stamp: .ci/transformers-%.txt $(STAMP)

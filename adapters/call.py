@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmprune.adapters.cache import LayerTokens, PrunedDynamicCache
 from vlmprune.adapters.layout import PromptLayout
+from vlmprune.core.randomness import item_seed
 from vlmprune.core.report import Report
 from vlmprune.core.selection import Selection
 from vlmprune.core.signals import Signal
@@ -34,7 +35,7 @@ class Prefill:
         signals: text signals recorded so far, each with the tokens that it is over.
         stage: keyword arguments prepared for the current tokens.
         renumbered: positions changed since layer 0.
-        digest: ``[B, L, D]`` the prompt's embeddings, from which rows that draw are seeded.
+        contents: what seeds the draw of each image of the layout; empty where no policy draws.
     """
 
     layout: PromptLayout
@@ -46,19 +47,31 @@ class Prefill:
     tokens: LayerTokens
     removed: Tensor
     visual: list[int]
-    digest: Tensor
     cache: PrunedDynamicCache | None = None
     relative: Tensor | None = None
     fields: dict[str, Tensor] = field(default_factory=dict)
     signals: dict[Signal, tuple[LayerTokens, Any]] = field(default_factory=dict)
     stage: dict[str, Any] = field(default_factory=dict)
     renumbered: bool = False
+    contents: tuple[str, ...] = ()
 
     @property
     def text(self) -> list[int]:
         """Real text tokens per row."""
         visual = self.layout.visual_per_row()
         return [real - count for real, count in zip(self.layout.real, visual, strict=True)]
+
+    def image_seeds(self, seed: int) -> tuple[int, ...]:
+        """Seed of every image."""
+        images = self.layout.images
+        return tuple(item_seed(seed, c, image.index) for c, image in zip(self.contents, images, strict=True))
+
+    def row_seeds(self, seed: int, rows: list[int]) -> tuple[int, ...]:
+        """Seed of every one of ``rows``, from all its images."""
+        content: dict[int, list[str]] = {row: [] for row in rows}
+        for image, text in zip(self.layout.images, self.contents, strict=True):
+            content.get(image.sample, []).append(text)
+        return tuple(item_seed(seed, "\x1f".join(content[row]), 0) for row in rows)
 
     def width(self) -> int:
         """Sequence length that holds every row's text and remaining visual tokens."""

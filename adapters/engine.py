@@ -44,7 +44,7 @@ class Engine:
         self.enabled = True
         self.last_error: BaseException | None = None
         wanted = {signal for step in self.steps for signal in step.request.signals}
-        draws = any(leaf.is_random(self.info) for leaf in policy.leaves())
+        draws = any(step.policy.is_random(self.info) for step in self.steps)
         self.tower = TowerRecorder(family, self.info, wanted, digests=draws)
         self.forward = TextForward(family, self.info, policy, self.steps, self.tower, restore_length)
         self._hooks = HookStack()

@@ -19,7 +19,6 @@ from vlmprune.core import config
 from vlmprune.core.errors import UnsupportedError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
-from vlmprune.core.randomness import item_seed, tensor_digest
 from vlmprune.core.report import ImageRecord, Report
 from vlmprune.core.sites import Site
 
@@ -63,11 +62,11 @@ class TextForward:
             embeds = self._family.text_model.get_input_embeddings()(kwargs["input_ids"])
         call = self.call = new_prefill(layout, kwargs, embeds, self._new_report(layout))
         self.report = call.report
+        source = SignalSource(call, embeds, self._tower, self._family.projector, self.sample_ids)
+        if any(step.policy.is_random(self._info) for step in self._steps):
+            call.contents = source.contents()
         steps = tuple(step for step in self._steps if step.request.site == Site.POST_ENCODER)
         if steps:
-            source = SignalSource(
-                call, embeds, self._tower, self._family.projector, self.sample_ids, self._info
-            )
             reduced = prompt.reduce_images(steps, call, embeds, self._info, source)
             if reduced is not None:
                 kwargs = prompt.shorten(kwargs, call, *reduced)
@@ -175,11 +174,7 @@ class TextForward:
         call = self.call
         if not policy.is_random(self._info) or not isinstance(call, Prefill):
             return None
-        if self.sample_ids is not None:
-            content = [self.sample_ids[row * len(self.sample_ids) // call.layout.rows] for row in rows]
-        else:
-            content = [tensor_digest(call.digest[row]) for row in rows]
-        return tuple(item_seed(getattr(policy, "seed", 0), c, 0) for c in content)
+        return call.row_seeds(getattr(policy, "seed", 0), rows)
 
 
 def new_prefill(layout: PromptLayout, kwargs: dict[str, Any], embeds: Tensor, report: Report) -> Prefill:
@@ -203,7 +198,6 @@ def new_prefill(layout: PromptLayout, kwargs: dict[str, Any], embeds: Tensor, re
         tokens=tokens,
         removed=torch.zeros(rows, length, dtype=torch.bool, device=device),
         visual=layout.visual_per_row(),
-        digest=embeds,
     )
 
 

@@ -16,8 +16,8 @@ from vlmprune.core.policy import Policy
 class ReducingImageProcessor:
     """Stands in for a processor's image processor: reduces images, then calls the original.
 
-    Everything else is the original's, so that saving a processor while a policy is applied saves the original's
-    settings.
+    Everything else is the original's, its class for ``isinstance`` too, so that saving a processor while a policy
+    is applied saves the original's settings.
     """
 
     def __init__(self, original: Any, policies: list[Policy]) -> None:
@@ -31,6 +31,13 @@ class ReducingImageProcessor:
             self.geometry = []
             images = self._reduce(images)
         return self._original(images, *args, **kwargs)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._original)
+
+    def __reduce__(self) -> Any:
+        return ReducingImageProcessor, (self._original, self._policies)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_original":
@@ -65,11 +72,11 @@ class ProcessorHook:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leave images as they are inside this block."""
-        self._stand_in.enabled = False
+        before, self._stand_in.enabled = self._stand_in.enabled, False
         try:
             yield
         finally:
-            self._stand_in.enabled = True
+            self._stand_in.enabled = before
 
     def remove(self) -> None:
         """Give the processor its own image processor back."""
@@ -91,6 +98,6 @@ def attach_processor(policy: Policy, processor: Any, info: ModelInfo) -> Process
         raise InputError(f"{names} acts on images before the model sees them; give processor=, the model's processor.")
     if not hasattr(processor, "image_processor"):
         raise InputError(f"{type(processor).__name__} has no image_processor; give the model's whole processor.")
-    if isinstance(processor.image_processor, ReducingImageProcessor):
+    if type(processor.image_processor) is ReducingImageProcessor:
         raise InputError("This processor is in use by another applied policy; remove that one first.")
     return ProcessorHook(processor, members)

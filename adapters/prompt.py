@@ -51,7 +51,7 @@ def reduce_images(
             sample=layout.samples,
             carry=carried,
             sizes=carried.get("sizes"),
-            seeds=source.seeds(step.policy),
+            seeds=call.image_seeds(getattr(step.policy, "seed", 0)) if step.policy.is_random(info) else None,
         )
         selection = run_step(step, context, call.report)
         call.carry_out(selection, rows, place, carried)

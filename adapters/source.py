@@ -1,4 +1,4 @@
-"""Delivers image-level signals and seeds to the post-encoder site of one call."""
+"""Delivers image-level signals to the post-encoder site of one call."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from vlmprune.adapters.call import Prefill
 from vlmprune.adapters.vision import TowerRecorder
 from vlmprune.core import signals as s
 from vlmprune.core.errors import SignalError
-from vlmprune.core.info import ModelInfo
-from vlmprune.core.policy import Policy
-from vlmprune.core.randomness import item_seed, tensor_digest
+from vlmprune.core.randomness import tensor_digest
 from vlmprune.kernels.gather import gather_tokens, pack_indices
 
 
@@ -26,7 +24,6 @@ class SignalSource:
         tower: the tower's recorder.
         projector: the projector module, if any.
         sample_ids: ids given by a harness, one per source row, or None.
-        info: the model's facts.
     """
 
     def __init__(
@@ -36,9 +33,7 @@ class SignalSource:
         tower: TowerRecorder,
         projector: nn.Module | None,
         sample_ids: list[str] | None,
-        info: ModelInfo,
     ) -> None:
-        self._info = info
         self._call = call
         self._embeds = embeds
         self._tower = tower
@@ -61,19 +56,17 @@ class SignalSource:
             raise SignalError(f"{signal} is not available before the text model.")
         return self._tower.signal(signal, self._tower_rows())
 
-    def seeds(self, policy: Policy) -> tuple[int, ...] | None:
-        """Seed of every image for a policy that draws, else None."""
-        if not policy.is_random(self._info):
-            return None
-        seed = getattr(policy, "seed", 0)
+    def contents(self) -> tuple[str, ...]:
+        """What seeds each image's draw: the harness's id of its row, else a digest of its pixels, else (a bare
+        decoder) of its embeddings."""
         images = self._call.layout.images
         if self._sample_ids is not None:
-            content = [self._sample_ids[image.sample // self._repeats()] for image in images]
-        elif (record := self._tower.current()) is not None and record.digests:
-            content = [record.digests[row] for row in self._tower_rows().tolist()]
-        else:
-            content = [tensor_digest(self._embeds[image.sample, list(image.positions)]) for image in images]
-        return tuple(item_seed(seed, c, image.index) for c, image in zip(content, images, strict=True))
+            repeats = self._repeats()
+            return tuple(self._sample_ids[image.sample // repeats] for image in images)
+        record = self._tower.current()
+        if record is not None and record.digests:
+            return tuple(record.digests[row] for row in self._tower_rows().tolist())
+        return tuple(tensor_digest(self._embeds[image.sample, list(image.positions)]) for image in images)
 
     def _repeats(self) -> int:
         """Rows per source row (beams, several returned sequences)."""

@@ -9,7 +9,7 @@ _DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
     "GRADIO_ANALYTICS_ENABLED": "False",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",  # the models are tiny, and make test runs two workers
 }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
@@ -21,7 +21,7 @@ import golden_io  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(min(2, int(os.environ["OMP_NUM_THREADS"])))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

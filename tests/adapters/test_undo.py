@@ -84,7 +84,7 @@ def test_keeping_everything_changes_no_bit(name: str, parameters: dict[str, Any]
         assert handle.last.kept_tokens == handle.last.visual_tokens == tuple(N * n for n in prompt.images)
 
 
-@pytest.mark.filterwarnings("ignore:.*nothing was reduced")
+@pytest.mark.filterwarnings("error:.*nothing was reduced")
 @pytest.mark.parametrize("name", [n for n in vlmprune.available() if n != "downsample"])
 def test_a_count_of_all_tokens_changes_no_bit(name: str) -> None:
     model, prompt = small_llava(), make_prompt((2, 1), True)

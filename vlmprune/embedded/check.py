@@ -112,7 +112,7 @@ def scene_accuracy(answerer: Answerer, rows: list[SceneQuestion], budgets: tuple
     hits: dict[str, list[bool]] = defaultdict(lambda: [False] * len(rows))
     for image_number, members in enumerate(groups.values()):
         tokens, cls = (t[0] for t in answerer.encode([rows[members[0]].image]))
-        plans = {"all tokens": torch.arange(len(tokens))}
+        plans = {"all tokens": torch.arange(len(tokens)), "no tokens": torch.arange(0)}
         for name in ("random", "cls", "k-center"):
             plans |= {f"{name} {k}": select(name, tokens, cls, k, image_number) for k in budgets}
         for name, kept in plans.items():

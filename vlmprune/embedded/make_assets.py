@@ -45,7 +45,7 @@ def write_photos(target: Path) -> None:
                 image = Image.open(folder / file).convert("RGB")
                 scale = min(1.0, SHORT_SIDE / min(image.size))
                 if scale < 1:
-                    size = tuple(round(side * scale) for side in image.size)
+                    size = round(image.width * scale), round(image.height * scale)
                     image = image.resize(size, Image.Resampling.LANCZOS)
                 image.save(target / split / f"{Path(file).stem}.jpg", quality=JPEG_QUALITY, optimize=True)
 
@@ -65,7 +65,7 @@ def write_digits(path: Path) -> None:
         index = np.concatenate(picked)
         arrays[f"{split}_images"] = images[index]
         arrays[f"{split}_labels"] = labels[index].astype(np.uint8)
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
 
 def write_easy_vqa(path: Path, split: str) -> None:

@@ -72,6 +72,9 @@ def write_facts(out: Path, target: Path, seed: int, parameters: int) -> None:
         "machine": {"system": platform.system(), "cpu": _cpu(), "processes": 2, "threads_per_process": 1},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+    notes = out / "notes.json"  # optional: what happened to this run that the code does not tell
+    if notes.exists():
+        facts["notes"] = json.loads(notes.read_text())
     (target / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     if (out / "curve.csv").exists():
         shutil.copyfile(out / "curve.csv", target / "curve.csv")
