@@ -89,9 +89,7 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
-def cut(
-    step: Step, call: Prefill, hidden: Tensor, info: ModelInfo, norm: nn.Module | None, seeds: Seeds
-) -> Tensor:
+def cut(step: Step, call: Prefill, hidden: Tensor, info: ModelInfo, norm: nn.Module | None, seeds: Seeds) -> Tensor:
     """Run one step before a layer: the shorter hidden states; sets the call's tokens."""
     if not any(call.visual):
         return hidden
@@ -129,8 +127,8 @@ def apply_cut(
         call.renumbered = True
     for row, count in zip(context.sample, counts, strict=True):
         call.visual[row] = count
-    row = torch.arange(shape[0], device=hidden.device)
-    present = scatter_true(shape, row, tokens.index, tokens.valid)
+    all_rows = torch.arange(shape[0], device=hidden.device)
+    present = scatter_true(shape, all_rows, tokens.index, tokens.valid)
     call.tokens = packed_tokens(call, present & ~(before & ~after))
     local = places_of(call.tokens.index, tokens)
     return gather_tokens(hidden, local), local
@@ -142,7 +140,9 @@ def places_of(original: Tensor, tokens: LayerTokens) -> Tensor:
     return (found - 1).clamp_min(0)
 
 
-def prefill_kwargs(call: Prefill, kwargs: dict[str, Any], hidden: Tensor, rotary: Callable[..., Any], form: str) -> dict[str, Any]:
+def prefill_kwargs(
+    call: Prefill, kwargs: dict[str, Any], hidden: Tensor, rotary: Callable[..., Any], form: str
+) -> dict[str, Any]:
     """Keyword arguments of a layer after a cut; prepared once per run of layers with equal tokens."""
     if not call.stage:
         tokens, relative = call.tokens, call.relative
@@ -220,5 +220,3 @@ def evict(step: Step, call: Prefill, info: ModelInfo, seeds: Seeds) -> None:
             store.keys, store.values = store.keys.gather(2, index), store.values.gather(2, index)
             call.cache.prompt.layers[layer] = call.tokens
     call.tokens, call.visual = current, counted
-
-

@@ -22,9 +22,7 @@ def why_missing(signal: s.Signal, request: SiteRequest, info: ModelInfo) -> str 
     if layer is not None and depth is not None and not 0 <= layer < depth:
         return f"but layer {layer} does not exist: the {signal.stack_name} stack of {info.model_class} has {depth}"
     if request.site == Site.POST_ENCODER:
-        served = isinstance(signal, FROM_PROMPT) or (
-            isinstance(signal, FROM_TOWER) and signal.stack_name == "vision"
-        )
+        served = isinstance(signal, FROM_PROMPT) or (isinstance(signal, FROM_TOWER) and signal.stack_name == "vision")
     else:
         served = _in_decoder(signal, request)
     return None if served else f"which cannot be had at {_place(request)}"

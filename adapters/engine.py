@@ -48,6 +48,7 @@ class Engine:
         self.tower = TowerRecorder(family, self.info, wanted, digests=draws)
         self.forward = TextForward(family, self.info, policy, self.steps, self.tower, restore_length)
         self._hooks = HookStack()
+        self._active = any(step.request.site != Site.IMAGE for step in self.steps)
         self._layout: PromptLayout | None = None
         self._in_base = False
         self._busy: dict[str, int] = {}
@@ -76,7 +77,7 @@ class Engine:
         self.tower.forget()
 
     def _install(self) -> None:
-        if self.steps:
+        if self._active:
             guards.check_attention(self.family)
         if self.family.base is not None:
             self._hooks.before(self.family.base, self._before_base, prepend=True)
@@ -120,7 +121,7 @@ class Engine:
             if kwargs.get("pixel_values") is not None:
                 self.tower.forget()
             self.family.check_call(kwargs)
-            self._layout = guards.read_layout(self.family, kwargs, bool(self.steps))
+            self._layout = guards.read_layout(self.family, kwargs, self._active)
         except BaseException as error:
             self._leave(error)
             raise
@@ -137,7 +138,7 @@ class Engine:
             self._enter()
         try:
             if self.family.base is None:
-                self._layout = guards.read_layout(self.family, kwargs, bool(self.steps))
+                self._layout = guards.read_layout(self.family, kwargs, self._active)
             cache = kwargs.get("past_key_values")
             if self._layout is not None:
                 return args, self.forward.begin_prefill(self._layout, kwargs)

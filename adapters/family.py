@@ -81,7 +81,8 @@ class Family(ABC):
         return False
 
     def check_call(self, kwargs: Mapping[str, Any]) -> None:
-        """Refuse keywords that change which features the call uses."""
+        """Refuse keywords that change which features the call uses; by default there are none."""
+        return None
 
 
 def text_info(config: Any) -> dict[str, Any]:

@@ -30,17 +30,15 @@ def read_layout(family: Family, kwargs: dict[str, Any], active: bool) -> PromptL
         InputError: placeholders and images do not fit together.
     """
     cache = kwargs.get("past_key_values")
-    if cache is None or cache.get_seq_length() == 0:
+    filled = cache is not None and cache.get_seq_length() > 0
+    if not active:
+        return None if filled else _whole_images(family, kwargs)
+    if not filled:
         layout = family.layout(kwargs)
-        if layout is not None and active:
+        if layout is not None:
             _check_prefill(family, cache, layout.length)
         return layout
-    if not isinstance(cache, caches.PrunedDynamicCache) and not family.brings_images(kwargs):
-        return None
-    new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    # A single new token is decoding; looking at it would stop the device at every step.
-    turn = new is not None and new.shape[1] > 1 and family.base is not None
-    if family.brings_images(kwargs) or (turn and _has_placeholders(family, kwargs)):
+    if family.brings_images(kwargs) or _misses_images(family, kwargs, cache):
         raise UnsupportedError(
             "Images arrived while the KV cache already holds tokens (a second image turn, or chunked prefill). "
             "Start again with a fresh cache and the whole conversation, without prefill_chunk_size."
@@ -48,11 +46,27 @@ def read_layout(family: Family, kwargs: dict[str, Any], active: bool) -> PromptL
     return None
 
 
-def _has_placeholders(family: Family, kwargs: dict[str, Any]) -> bool:
+def _whole_images(family: Family, kwargs: dict[str, Any]) -> PromptLayout | None:
+    """The images of a call that nothing will change, for the report; None where they are not whole."""
+    try:
+        return family.layout(kwargs)
+    except InputError:
+        return None
+
+
+def _misses_images(family: Family, kwargs: dict[str, Any], cache: Any) -> bool:
+    """True if a turn has placeholders without images: whole ones, or parts before any image was seen (chunks).
+
+    Single placeholders on a pruned cache are words: speculative decoding proposes them from the prompt.
+    """
+    new = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    # A single new token is decoding; looking at it would stop the device at every step.
+    if new is None or new.shape[1] == 1 or family.base is None:
+        return False
     try:
         return family.layout(kwargs) is not None
-    except InputError:  # a part of an image's placeholders
-        return True
+    except InputError:
+        return not isinstance(cache, caches.PrunedDynamicCache)
 
 
 def refuse_dense_on_pruned(kwargs: dict[str, Any]) -> None:

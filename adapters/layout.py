@@ -62,7 +62,9 @@ class PromptLayout:
     def positions(self, device: torch.device) -> Tensor:
         """``[I, N]`` places of each image's tokens in its row, padded with the last one."""
         width = max(self.lengths)
-        table = [list(image.positions) + [image.positions[-1]] * (width - len(image.positions)) for image in self.images]
+        table = [
+            list(image.positions) + [image.positions[-1]] * (width - len(image.positions)) for image in self.images
+        ]
         return torch.tensor(table, device=device)
 
     def valid(self, device: torch.device) -> Tensor:
@@ -130,7 +132,7 @@ def from_placeholders(
             raise InputError(
                 f"Row {row} has {len(positions)} image placeholder tokens, which is no multiple of the "
                 f"{tokens_per_image} tokens of an image; build the prompt with the model's processor, and leave out "
-                    "prefill_chunk_size."
+                "prefill_chunk_size."
             )
         for index, part in enumerate(positions.reshape(-1, tokens_per_image)):
             images.append(PromptImage(row, index, tuple(part.tolist()), views))

@@ -80,7 +80,9 @@ class LlavaFamily(Family):
         states = [chosen] if isinstance(chosen, int) else list(chosen)
         block = max(state % (depth + 1) for state in states) - 1
         if block < 0:
-            raise UnsupportedError(f"vision_feature_layer={chosen} reads the tower's input; no block feeds the projector.")
+            raise UnsupportedError(
+                f"vision_feature_layer={chosen} reads the tower's input; no block feeds the projector."
+            )
         return block
 
     def _check_config(self, config: Any) -> None:
@@ -90,8 +92,8 @@ class LlavaFamily(Family):
         wanted = "default" if TOWERS[kind] else "full"
         if config.vision_feature_select_strategy != wanted:
             raise UnsupportedError(
-                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a {kind!r} tower is not "
-                f"supported (its patch grid would be off by a token); expected {wanted!r}."
+                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} with a {kind!r} tower is "
+                f"not supported (its patch grid would be off by a token); expected {wanted!r}."
             )
 
     def check_call(self, kwargs: Mapping[str, Any]) -> None:

@@ -14,7 +14,6 @@ from vlmprune.adapters.cache import LayerTokens
 from vlmprune.adapters.call import Prefill
 from vlmprune.adapters.sites import Step, run_step, site_signals
 from vlmprune.adapters.source import SignalSource
-from vlmprune.core import signals as s
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.selection import Selection
@@ -46,7 +45,9 @@ def reduce_images(
             lengths=lengths,
             valid=valid,
             features=features,
-            signals=site_signals(step, features, partial(source.image_signal, features=features), partial(_again, history)),
+            signals=site_signals(
+                step, features, partial(source.image_signal, features=features), partial(_again, history)
+            ),
             views=views,
             sample=layout.samples,
             carry=carried,
@@ -130,4 +131,3 @@ def shorten(kwargs: Mapping[str, Any], call: Prefill, embeds: Tensor, keep: Tens
     if kwargs.get("cache_position") is not None:
         changed["cache_position"] = torch.arange(tokens.length, device=embeds.device)
     return changed
-

@@ -127,4 +127,3 @@ def site_signals(
             continue
         signals[signal] = chosen(value) if signal.per_token and value is not features else value
     return signals
-

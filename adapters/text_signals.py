@@ -33,9 +33,7 @@ class LayerRecorder:
                 call.signals[signal] = (call.tokens, value)
 
 
-def text_signal(
-    signal: s.Signal, call: Prefill, query: Tensor, key: Tensor, mask: Tensor | None, scale: float
-) -> Any:
+def text_signal(signal: s.Signal, call: Prefill, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Any:
     """One signal over the current tokens.
 
     ``GroupMass`` is ``[B, 2, 3]``; ``AttentionRows`` is ``[B, R, n]`` over all current tokens, from which the caller
@@ -44,9 +42,7 @@ def text_signal(
     masking = masking_of(call, mask)
     if isinstance(signal, s.GroupMass):
         rows, columns = groups(call)
-        return group_mass(
-            query, key, rows, columns, n_query_groups=2, n_key_groups=3, scale=scale, **masking
-        )
+        return group_mass(query, key, rows, columns, n_query_groups=2, n_key_groups=3, scale=scale, **masking)
     assert isinstance(signal, s.AttentionRows)
     return attention_rows(query, key, row_places(signal, call), scale=scale, **masking).mean(1)
 
@@ -87,4 +83,3 @@ def row_places(signal: s.AttentionRows, call: Prefill) -> Tensor:
     wanted = torch.tensor(signal.rows, device=places.device)
     found = order[:, None] == wanted[:, None]  # [B, R, n]
     return torch.where(found.any(2), found.long().argmax(2), -1)
-

@@ -1,8 +1,8 @@
 """Writes the generated parts of README.md and docs/: tables from the registry and from measured rows, and the picture.
 
-    python docs/generate.py            # rewrite what changed
-    python docs/generate.py --check    # exit 1 if a table is out of date
-    python docs/generate.py --picture  # draw docs/overlay.png again
+python docs/generate.py            # rewrite what changed
+python docs/generate.py --check    # exit 1 if a table is out of date
+python docs/generate.py --picture  # draw docs/overlay.png again
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def draw_picture() -> Image.Image:
         with vlmprune.applied(model, name, keep=keep) as handle:
             answer = ask()
             picture = vlmprune.plot_selection(question.image, handle.last, processor=processor)
-            panels.append((f"{name}, {handle.last.kept_tokens[0]} of {handle.last.visual_tokens[0]}: {answer}", picture))
+            panels.append(
+                (f"{name}, {handle.last.kept_tokens[0]} of {handle.last.visual_tokens[0]}: {answer}", picture)
+            )
     return _side_by_side(panels, question.question)
 
 
@@ -126,7 +128,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--picture", action="store_true")
     options = parser.parse_args()
-    stale = [path for path in FILES if regenerated(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")]
+    stale = [
+        path for path in FILES if regenerated(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")
+    ]
     if options.check:
         for path in stale:
             sys.stderr.write(f"{path.relative_to(ROOT)} is out of date; run python docs/generate.py\n")

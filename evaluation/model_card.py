@@ -32,7 +32,7 @@ from vlmprune.evaluation.tables import MISSING, percent, render_table
 from vlmprune.evaluation.training_record import curve_tables, read_training, training_aids, training_facts
 
 CARD_NAME = "MODEL_CARD.md"
-POLICIES = ("hiprune", "todre")
+POLICIES = ("hiprune", "todre", "grid_pool")
 BUDGETS = (0.22, 0.11, 0.05)
 SCENE_QUESTIONS = 1600
 EASY_QUESTIONS = 1000

@@ -31,9 +31,7 @@ def check_mask(mask: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor
         ValueError: other shape or dtype.
     """
     if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != shape):
-        raise ValueError(
-            f"{name} must be a bool tensor of shape {shape}, got {mask.dtype} {tuple(mask.shape)}."
-        )
+        raise ValueError(f"{name} must be a bool tensor of shape {shape}, got {mask.dtype} {tuple(mask.shape)}.")
     return mask
 
 
@@ -48,9 +46,7 @@ def check_values(values: Tensor | None, shape: tuple[int, ...], name: str) -> Te
     return values
 
 
-def token_counts(
-    k: Counts, batch: int, n: int, k_max: int | None, device: torch.device
-) -> tuple[int, Tensor | None]:
+def token_counts(k: Counts, batch: int, n: int, k_max: int | None, device: torch.device) -> tuple[int, Tensor | None]:
     """Width of the output and, where samples differ, the count per sample.
 
     Args:

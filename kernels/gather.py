@@ -27,9 +27,7 @@ def gather_tokens(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
         ValueError: shapes do not fit.
     """
     if x.ndim < 2 or index.ndim != 2 or x.shape[0] != index.shape[0]:
-        raise ValueError(
-            f"x must be [B, N, ...] and index [B, K], got {tuple(x.shape)} and {tuple(index.shape)}."
-        )
+        raise ValueError(f"x must be [B, N, ...] and index [B, K], got {tuple(x.shape)} and {tuple(index.shape)}.")
     batch, n = x.shape[:2]
     if n == 0:
         require(index < 0, "index points to a token, but x has none.")

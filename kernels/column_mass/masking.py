@@ -72,9 +72,7 @@ class BlockMask:
             stop = start + 1
         return slice(start, stop)
 
-    def apply(
-        self, scores: Tensor, rows: QueryRows, batch: slice, heads: slice, part: slice, keys: slice
-    ) -> Tensor:
+    def apply(self, scores: Tensor, rows: QueryRows, batch: slice, heads: slice, part: slice, keys: slice) -> Tensor:
         """Scores ``[b, h, r, n]`` with biases added and blocked entries at -inf; works in place."""
         if self.key_bias is not None:
             bias = _cut(_cut(self.key_bias, 0, batch), 1, heads)[:, :, None, keys]
@@ -130,9 +128,7 @@ def block_mask(q: Tensor, k: Tensor, masking: Masking) -> BlockMask:
         and mask.shape[1] in (1, heads)
         and tuple(mask.shape[2:]) == (n_queries, n_keys)
     ):
-        raise ValueError(
-            f"mask must be [{batch} or 1, {heads} or 1, {n_queries}, {n_keys}], got {tuple(mask.shape)}."
-        )
+        raise ValueError(f"mask must be [{batch} or 1, {heads} or 1, {n_queries}, {n_keys}], got {tuple(mask.shape)}.")
     bias = masking.get("key_bias")
     if bias is not None:
         bias = bias[:, None] if bias.ndim == 2 else bias
@@ -158,9 +154,7 @@ def block_mask(q: Tensor, k: Tensor, masking: Masking) -> BlockMask:
     )
 
 
-def _segments(
-    q: Tensor, k: Tensor, masking: Masking
-) -> tuple[Tensor | None, Tensor | None, tuple[int, ...] | None]:
+def _segments(q: Tensor, k: Tensor, masking: Masking) -> tuple[Tensor | None, Tensor | None, tuple[int, ...] | None]:
     """Segment ids of queries and keys, and the bounds where the host knows them."""
     cu_seqlens, segments = masking.get("cu_seqlens"), masking.get("segments")
     if cu_seqlens is None and segments is None:

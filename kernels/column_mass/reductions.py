@@ -186,16 +186,12 @@ def _row_weight(given: Tensor | None, rows: QueryRows, batch: int, dtype: torch.
         return None if rows.ignored is None else (~rows.ignored).to(dtype)
     weight = given[None] if given.ndim == 1 else given
     if weight.ndim != 2 or weight.shape[0] not in (1, batch) or weight.shape[1] != rows.count:
-        raise ValueError(
-            f"row_weight must be [{rows.count}] or [{batch}, {rows.count}], got {tuple(given.shape)}."
-        )
+        raise ValueError(f"row_weight must be [{rows.count}] or [{batch}, {rows.count}], got {tuple(given.shape)}.")
     weight = weight.to(device=rows.device, dtype=dtype).expand(batch, -1)
     return weight if rows.ignored is None else weight.masked_fill(rows.ignored, 0.0)
 
 
-def _head_weight(
-    given: Tensor | None, batch: int, heads: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def _head_weight(given: Tensor | None, batch: int, heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """``[B, H]`` that sums to 1 over heads."""
     if given is None:
         return torch.full((batch, heads), 1 / heads, dtype=dtype, device=device)

@@ -131,9 +131,7 @@ def _check(
     )
 
 
-def _source(
-    x: Tensor | None, metric: str, distance: Tensor | None, similarity: Tensor | None
-) -> tuple[Kind, Tensor]:
+def _source(x: Tensor | None, metric: str, distance: Tensor | None, similarity: Tensor | None) -> tuple[Kind, Tensor]:
     if sum(value is not None for value in (x, distance, similarity)) != 1:
         raise ValueError("Give exactly one of x, distance and similarity.")
     if x is not None:
@@ -146,9 +144,7 @@ def _source(
     assert matrix is not None
     name: Kind = "similarity" if distance is None else "distance"
     if matrix.ndim != 3 or matrix.shape[1] != matrix.shape[2] or not matrix.is_floating_point():
-        raise ValueError(
-            f"{name} must be a float tensor [B, N, N], got {matrix.dtype} {tuple(matrix.shape)}."
-        )
+        raise ValueError(f"{name} must be a float tensor [B, N, N], got {matrix.dtype} {tuple(matrix.shape)}.")
     return name, matrix
 
 

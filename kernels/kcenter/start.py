@@ -56,9 +56,7 @@ def _given(problem: Problem, start: int | Tensor) -> Tensor:
     n = problem.n
     if isinstance(start, Tensor):
         if start.is_floating_point() or start.dtype == torch.bool or tuple(start.shape) != (problem.batch,):
-            raise ValueError(
-                f"start must be an int tensor [{problem.batch}], got {start.dtype} {start.shape}."
-            )
+            raise ValueError(f"start must be an int tensor [{problem.batch}], got {start.dtype} {start.shape}.")
         first = start.to(device=problem.device, dtype=torch.int64)
         inside = (first >= 0) & (first < n)
     else:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import vlmprune
 from PIL import Image
 from torch import nn
+
+import vlmprune
 from vlmprune.embedded import generate_scene, load_embedded, random_llava
 from vlmprune.embedded.tiny_configs import random_inputs
 
@@ -41,7 +42,9 @@ def attentions(model: nn.Module, pixels: torch.Tensor) -> np.ndarray:
 class Tower:
     """A model under SDPA, its inputs, and the eager attention of a stock copy."""
 
-    def __init__(self, model: nn.Module, stock: nn.Module, inputs: dict[str, Any], blocks: tuple[int, int, int]) -> None:
+    def __init__(
+        self, model: nn.Module, stock: nn.Module, inputs: dict[str, Any], blocks: tuple[int, int, int]
+    ) -> None:
         self.model, self.inputs = model, inputs
         self.depth, self.middle, self.deep = blocks
         attention = attentions(stock, inputs["pixel_values"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import vlmprune
 from llava_prompts import make_prompt, prefill, small_llava
+
+import vlmprune
 
 
 @pytest.mark.slow

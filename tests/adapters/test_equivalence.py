@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import vlmprune
 from fixed_policy import FixedKeep, MeanGroups
-from llava_prompts import N, LlavaPrompt, decode, make_prompt, pick_tokens, prefill
+from llava_prompts import LlavaPrompt, N, decode, make_prompt, pick_tokens, prefill
 from masked_reference import hidden_keys
 from torch import Tensor, nn
+
+import vlmprune
 from vlmprune.core.sites import Site
 from vlmprune.embedded.tiny_configs import IMAGE_TOKEN_ID, random_llava
 
@@ -96,7 +97,9 @@ def test_compact_positions_equal_the_dense_model_on_the_short_prompt(
         assert torch.allclose(got_steps[row], expected_steps, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 10)
 
 
-def short_rollout(model: torch.nn.Module, prompt: LlavaPrompt, row: int, stay: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
+def short_rollout(
+    model: torch.nn.Module, prompt: LlavaPrompt, row: int, stay: Tensor, forced: Tensor
+) -> tuple[Tensor, Tensor]:
     """The dense model on one row's shortened ``inputs_embeds``, with plain positions."""
     base = model.model
     first = sum(prompt.images[:row])
@@ -176,7 +179,7 @@ def test_other_towers_and_decoders(vision: str, text: str) -> None:
     dropped = prompt.dropped(kept)
     forced = torch.randint(8, 60, (2, 3))
     layers = model.model.language_model.layers
-    with hidden_keys(layers, {i: dropped for i in range(len(layers))}, prompt.real):
+    with hidden_keys(layers, dict.fromkeys(range(len(layers)), dropped), prompt.real):
         expected, expected_steps = rollout(model, prompt, forced)
     with vlmprune.applied(model, FixedKeep(kept=kept, positions="keep")):
         got, steps = rollout(model, prompt, forced)

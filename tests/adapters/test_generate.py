@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import vlmprune
 from fixed_policy import FixedKeep
 from llava_prompts import LlavaPrompt, N, decode, make_prompt, pick_tokens, prefill, small_llava
 from masked_reference import hidden_keys
 from torch import Tensor, nn
+
+import vlmprune
 from vlmprune.adapters.cache import PrunedDynamicCache
 from vlmprune.core.sites import Site
 from vlmprune.embedded.tiny_configs import IMAGE_TOKEN_ID
@@ -62,7 +63,7 @@ def masked(model: nn.Module, prompt: LlavaPrompt, policy: FixedKeep) -> Any:
     """The dense model with the policy's dropped tokens hidden."""
     layers = model.model.language_model.layers
     dropped = prompt.dropped(policy.kept, policy.site)
-    return hidden_keys(layers, {i: dropped for i in range(policy.layer or 0, len(layers))}, prompt.real)
+    return hidden_keys(layers, dict.fromkeys(range(policy.layer or 0, len(layers)), dropped), prompt.real)
 
 
 def assert_same(got: Any, expected: Any) -> None:

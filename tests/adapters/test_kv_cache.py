@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import vlmprune
 from fixed_policy import FixedKeep
 from llava_prompts import LlavaPrompt, N, decode, make_prompt, pick_tokens, prefill, small_llava
 from masked_reference import hidden_keys
 from torch import Tensor, nn
+
+import vlmprune
 from vlmprune.adapters.cache import PrunedDynamicCache
 from vlmprune.core.bases import CachePolicy
 from vlmprune.core.context import Context
@@ -174,7 +175,8 @@ def test_after_a_pruning_before_the_decoder_and_a_cut_inside() -> None:
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
 def test_generation_by_attention(mode: dict[str, Any]) -> None:
     """Tokens chosen by the attention of the last prompt token, found again by an eager model."""
-    model, prompt = small_llava(), make_prompt((1, 2), True)
+    # One image per row: before transformers 5.23 dense models mix up several where rows are repeated.
+    model, prompt = small_llava(), make_prompt((1, 1), True)
     eager = prefill(small_llava(attn_implementation="eager"), prompt, output_attentions=True)
     kept = []
     for layer in range(4):

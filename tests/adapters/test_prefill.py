@@ -6,17 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-import vlmprune
 from fixed_policy import FixedKeep, MeanGroups
 from llava_prompts import LlavaPrompt, N, decode, make_prompt, pick_tokens, prefill, small_llava
 from masked_reference import hidden_keys
 from torch import Tensor, nn
+
+import vlmprune
 from vlmprune.core.sites import Site
 
 
 def reference(model: nn.Module, prompt: LlavaPrompt, dropped: Tensor, where: int, **arguments: object) -> Tensor:
     layers = model.model.language_model.layers
-    with hidden_keys(layers, {i: dropped for i in range(where, len(layers))}, prompt.real):
+    with hidden_keys(layers, dict.fromkeys(range(where, len(layers)), dropped), prompt.real):
         return prefill(model, prompt, **arguments).logits
 
 
@@ -53,7 +54,7 @@ def test_first_and_last_layer_with_decoding(where: int | None) -> None:
     dropped = prompt.dropped(policy.kept, policy.site)
     forced = torch.randint(8, 60, (2, 3), generator=torch.Generator().manual_seed(4))
     layers = model.model.language_model.layers
-    with hidden_keys(layers, {i: dropped for i in range(where or 0, len(layers))}, prompt.real):
+    with hidden_keys(layers, dict.fromkeys(range(where or 0, len(layers)), dropped), prompt.real):
         out = prefill(model, prompt, use_cache=True)
         expected = decode(model, prompt, out.past_key_values, forced)
     with vlmprune.applied(model, policy):
@@ -98,7 +99,7 @@ def test_hidden_states_asked_for_before_apply(where: int | None) -> None:
     dropped = prompt.dropped(policy.kept, policy.site)
     dense = prefill(used, prompt, output_hidden_states=True)
     layers = used.model.language_model.layers
-    with hidden_keys(layers, {i: dropped for i in range(where or 0, len(layers))}, prompt.real):
+    with hidden_keys(layers, dict.fromkeys(range(where or 0, len(layers)), dropped), prompt.real):
         expected = prefill(used, prompt, output_hidden_states=True)
     for model in (fresh, used):
         with vlmprune.applied(model, policy):
@@ -133,7 +134,7 @@ def test_gradients_flow_as_in_the_masked_model(where: int | None) -> None:
     labels[:, : prompt.length - 2] = -100  # targets whose logits come from text
     arguments = {**prompt.inputs, "position_ids": prompt.positions, "labels": labels}
     layers = model.model.language_model.layers
-    with hidden_keys(layers, {i: dropped for i in range(where or 0, len(layers))}, prompt.real):
+    with hidden_keys(layers, dict.fromkeys(range(where or 0, len(layers)), dropped), prompt.real):
         expected = gradients(model, arguments)
     with vlmprune.applied(model, policy):
         got = gradients(model, arguments)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import vlmprune
 from PIL import Image
+
+import vlmprune
 from vlmprune.core.errors import InputError
 
 PROMPT = "USER: <image>\nwhat shape is at the top? ASSISTANT:"
@@ -26,6 +27,7 @@ def model() -> Any:
 @pytest.fixture
 def processor() -> Any:
     from transformers import AutoProcessor
+
     from vlmprune.embedded import model_path
 
     return AutoProcessor.from_pretrained(model_path("tiny-llava"))

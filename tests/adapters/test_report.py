@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import vlmprune
 from fixed_policy import FixedKeep, MeanGroups
 from llava_prompts import LlavaPrompt, N, decode, make_prompt, pick_tokens, prefill, small_llava
 from recording import Recording
+
+import vlmprune
 from vlmprune.core.sites import Site
 
 BATCHES = [
@@ -181,7 +182,9 @@ def test_a_budget_that_reduces_nothing_warns_once() -> None:
         assert len(caught(model, prompt)) == 1  # a new handle warns anew
 
 
-@pytest.mark.parametrize("policy", [vlmprune.Uniform(keep=1.0), vlmprune.Uniform(keep=0.5), Recording()], ids=["all", "half", "recording"])
+@pytest.mark.parametrize(
+    "policy", [vlmprune.Uniform(keep=1.0), vlmprune.Uniform(keep=0.5), Recording()], ids=["all", "half", "recording"]
+)
 def test_no_warning_where_none_is_due(policy: Any) -> None:
     model, prompt = small_llava(), make_prompt((1, 1))
     with vlmprune.applied(model, policy) as handle:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import vlmprune
 from llava_prompts import LlavaPrompt, N, make_prompt, prefill, small_llava
 from torch import nn
+
+import vlmprune
 from vlmprune.core.context import Context
 from vlmprune.core.errors import SignalError
 from vlmprune.core.info import ModelInfo

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import vlmprune
 from fixed_policy import FixedKeep
 from llava_prompts import LlavaPrompt, N, make_prompt, pick_tokens, prefill, small_llava
 from masked_reference import hidden_keys
 from recording import Recording
 from torch import Tensor, nn
+
+import vlmprune
 from vlmprune.core import signals as s
 from vlmprune.core.context import Context
 from vlmprune.core.errors import InputError, SignalError

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import vlmprune
 from fixed_policy import FixedKeep
 from llava_prompts import LlavaPrompt, N, decode, make_prompt, pick_tokens, prefill, small_llava
 from policy_matrix import CASES
 from recording import Recording
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
+
+import vlmprune
 from vlmprune.adapters.cache import PrunedDynamicCache
 from vlmprune.core import signals as s
 from vlmprune.core.context import Context

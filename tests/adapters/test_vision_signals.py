@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import vlmprune
 from llava_prompts import LlavaPrompt, make_prompt, prefill, small_llava
 from recording import Recording
 from torch import Tensor, nn
+
+import vlmprune
 from vlmprune.core import signals as s
 from vlmprune.core.context import Context
 from vlmprune.core.errors import SignalError

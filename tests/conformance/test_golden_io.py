@@ -97,9 +97,7 @@ def test_another_folder_may_lack_files_and_kinds(tmp_path: Path) -> None:
     assert isinstance(reason, str) and "todre.npz" in reason
 
 
-@pytest.mark.parametrize(
-    ("file", "kinds"), [("hiprune", ()), ("hiprune", ("lava",)), ("nothing", ("llava",))]
-)
+@pytest.mark.parametrize(("file", "kinds"), [("hiprune", ()), ("hiprune", ("lava",)), ("nothing", ("llava",))])
 def test_a_misspelt_marker_is_an_error(file: str, kinds: tuple[str, ...]) -> None:
     with pytest.raises(GoldenError):
         list(select(GOLDEN_DIR, file, kinds))

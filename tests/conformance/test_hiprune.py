@@ -108,9 +108,7 @@ def test_qwen(case: Case, compat: str | None) -> None:
         middle: [torch.from_numpy(case.inputs["score_object"])],
         deep: [torch.from_numpy(case.inputs["score_deep"])],
     }
-    context = contexts.post_encoder(
-        [contexts.frames(height, width, frames)], policy.keep, signals, info=contexts.QWEN
-    )
+    context = contexts.post_encoder([contexts.frames(height, width, frames)], policy.keep, signals, info=contexts.QWEN)
     [kept] = contexts.kept_tokens(policy.select(context))
     expected = case.refs["indices_strict"] if compat is None else case.outputs["indices_official"]
     assert kept == expected.tolist()

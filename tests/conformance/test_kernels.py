@@ -17,9 +17,7 @@ from vlmprune.kernels.kcenter import greedy_select
 
 
 @pytest.mark.golden("kernels", "kcenter")
-@pytest.mark.parametrize(
-    ("backend", "route"), [("reference", "auto"), ("torch", "gram"), ("torch", "features")]
-)
+@pytest.mark.parametrize(("backend", "route"), [("reference", "auto"), ("torch", "gram"), ("torch", "features")])
 def test_kcenter(case: Case, backend: str, route: str) -> None:
     result = greedy_select(
         torch.from_numpy(case.inputs["x"])[None],

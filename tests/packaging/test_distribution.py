@@ -101,9 +101,7 @@ def top_level_imports(source: str) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def check_imports(
-    checkout: Path, origin: Path, cwd: Path, path: str = "", extra: str = "", load: bool = False
-) -> None:
+def check_imports(checkout: Path, origin: Path, cwd: Path, path: str = "", extra: str = "", load: bool = False) -> None:
     """Every module is found below `origin`; the folders (with `load`: all modules) can be imported."""
     modules, light = modules_of(checkout)
     for folder in FOLDERS[1:]:

@@ -25,9 +25,7 @@ print(json.dumps([seconds, sorted({name.partition(".")[0] for name in sys.module
 def test_import_is_quick_and_loads_no_library(repo_root: Path) -> None:
     best = float("inf")
     for _ in range(3):
-        run = subprocess.run(
-            [sys.executable, "-c", MEASURE], cwd=repo_root, capture_output=True, text=True, check=True
-        )
+        run = subprocess.run([sys.executable, "-c", MEASURE], cwd=repo_root, capture_output=True, text=True, check=True)
         seconds, modules = json.loads(run.stdout)
         assert not {"torch", "numpy", "transformers", "timm"} & set(modules)
         best = min(best, seconds)

@@ -89,9 +89,7 @@ def pooled(keep: Any, views: Any, features: list[torch.Tensor]) -> tuple[Selecti
 def test_pooling_a_constant_map_is_constant() -> None:
     for count in (1, 5, 12, 30):
         selection, out = pooled(count, [contexts.image(5, 7)], [torch.full((35, 4), 0.7)])
-        torch.testing.assert_close(
-            out[selection.out_valid()], torch.full((selection.out_counts()[0], 4), 0.7)
-        )
+        torch.testing.assert_close(out[selection.out_valid()], torch.full((selection.out_counts()[0], 4), 0.7))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -73,15 +73,11 @@ def test_every_policy_is_in_the_matrix() -> None:
 
 @pytest.mark.parametrize("info", INFOS)
 @pytest.mark.parametrize(("name", "parameters"), ENCODER_CASES)
-def test_kept_tokens_are_distinct_ascending_and_real(
-    name: str, parameters: dict[str, Any], info: ModelInfo
-) -> None:
+def test_kept_tokens_are_distinct_ascending_and_real(name: str, parameters: dict[str, Any], info: ModelInfo) -> None:
     policy = registry.create(name, **parameters)
     context = at_encoder(policy, info)
     selection = policy.select(context)
-    for tokens, n, count in zip(
-        selection.anchors().tolist(), context.lengths, selection.out_counts(), strict=True
-    ):
+    for tokens, n, count in zip(selection.anchors().tolist(), context.lengths, selection.out_counts(), strict=True):
         real = [token for token in tokens if token >= 0]
         assert real == sorted(set(real)) and len(real) == count
         assert tokens == real + [-1] * (len(tokens) - len(real))

@@ -38,9 +38,7 @@ def by_hand(
     return sorted(chosen[:count])
 
 
-def select(
-    policy: HiPrune, scores: list[tuple[torch.Tensor, torch.Tensor]], views: Any, **fields: Any
-) -> Any:
+def select(policy: HiPrune, scores: list[tuple[torch.Tensor, torch.Tensor]], views: Any, **fields: Any) -> Any:
     info = fields.pop("info", contexts.LLAVA)
     middle, deep = policy.score_signals(info)
     signals = {middle: [pair[0] for pair in scores], deep: [pair[1] for pair in scores]}
@@ -87,9 +85,7 @@ def test_official_exclusion_loses_tokens_only_above_1() -> None:
     strict, official = HiPrune(keep=20, alpha=0.8), HiPrune(keep=20, alpha=0.8, compat="official")
     below = [contexts.kept_tokens(select(policy, [(middle, deep)], views)) for policy in (strict, official)]
     assert below[0] == below[1]
-    above = [
-        contexts.kept_tokens(select(policy, [(middle, deep * 50)], views)) for policy in (strict, official)
-    ]
+    above = [contexts.kept_tokens(select(policy, [(middle, deep * 50)], views)) for policy in (strict, official)]
     assert above[0] == below[0]
     assert len(above[1][0]) < 20 and set(above[1][0]) < {*range(64)}
 

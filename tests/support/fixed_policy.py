@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy, PolicyMeta
@@ -42,10 +43,7 @@ class FixedKeep(Policy):
         repeats = context.n_items // len(self.kept)
         first = [item for item, row in enumerate(context.sample) if row % repeats == 0]
         source = {(context.sample[item] // repeats, context.image_index(item)): i for i, item in enumerate(first)}
-        return [
-            self.kept[source[row // repeats, context.image_index(item)]]
-            for item, row in enumerate(context.sample)
-        ]
+        return [self.kept[source[row // repeats, context.image_index(item)]] for item, row in enumerate(context.sample)]
 
 
 @dataclass(frozen=True)

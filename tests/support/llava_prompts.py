@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from vlmprune.core.sites import Site
 from vlmprune.embedded.tiny_configs import BOS_ID, IMAGE_TOKEN_ID, random_llava
 

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def hidden_keys(
-    layers: Any, dropped: dict[int, Tensor], real: Tensor, decode_only: bool = False
-) -> Iterator[None]:
+def hidden_keys(layers: Any, dropped: dict[int, Tensor], real: Tensor, decode_only: bool = False) -> Iterator[None]:
     """Run decoder layers with keys hidden from all other queries.
 
     Args:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy, PolicyMeta

@@ -20,7 +20,7 @@ from .scenes import COLOURS, DIGIT, IMAGE_SIZE, KINDS, Scene, SceneObject
 
 T = TypeVar("T")
 FAMILIES = ("shape", "colour", "digit", "digit_colour", "side", "count", "exist", "relation")
-HEADLINE_FAMILIES = ("shape", "colour", "digit", "digit_colour")
+HEADLINE_FAMILIES = ("shape", "colour", "digit", "digit_colour", "side", "exist")
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
 SIDE_MARGIN = 14  # pixels from the middle of the image
 RELATION_MARGIN = 20  # pixels between two centres

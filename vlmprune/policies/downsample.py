@@ -53,8 +53,7 @@ class Downsample(SingleSitePolicy):
     """
 
     meta = PolicyMeta(
-        title="Are We Using the Right Benchmark: An Evaluation Framework for Visual Token Compression "
-        "Methods",
+        title="Are We Using the Right Benchmark: An Evaluation Framework for Visual Token Compression Methods",
         arxiv="2510.07143",
         venue="ACL 2026",
         code_licence="Apache-2.0",
@@ -68,14 +67,10 @@ class Downsample(SingleSitePolicy):
         super().__post_init__()
         budget = self.budget
         if budget.share is None:
-            raise BudgetError(
-                f"downsample takes a share of tokens such as keep=0.25, or factor=2; got {budget}."
-            )
+            raise BudgetError(f"downsample takes a share of tokens such as keep=0.25, or factor=2; got {budget}.")
         if self.factor is not None:
             if not 1 <= self.factor < math.inf:
-                raise InputError(
-                    f"factor={self.factor} is out of range; give at least 1 (2 halves both sides)."
-                )
+                raise InputError(f"factor={self.factor} is out of range; give at least 1 (2 halves both sides).")
             if not budget.is_all:
                 raise InputError("Give either keep or factor to downsample, not both.")
 

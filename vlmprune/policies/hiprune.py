@@ -69,8 +69,7 @@ class HiPrune(SetPolicy):
     """
 
     meta = PolicyMeta(
-        title="HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language "
-        "Models",
+        title="HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language Models",
         arxiv="2508.00553",
         venue="AAAI 2026 student abstract",
         code_licence="MIT",
@@ -86,9 +85,7 @@ class HiPrune(SetPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
-            raise InputError(
-                f"alpha={self.alpha} is out of range; give the share for anchors and buffers in [0, 1]."
-            )
+            raise InputError(f"alpha={self.alpha} is out of range; give the share for anchors and buffers in [0, 1].")
         if self.buffer not in ("code", "grid"):
             raise InputError(f"buffer={self.buffer!r} is unknown; give 'code' or 'grid'.")
         if self.compat not in (None, "official"):

@@ -50,9 +50,7 @@ class PerImageBudget(Policy):
         if isinstance(self.policy, str):
             object.__setattr__(self, "policy", registry.create(self.policy))
         if not isinstance(self.policy, Policy) or self.policy.leaves() != (self.policy,):
-            raise InputError(
-                "per_image_budget wraps one policy, not a composition; wrap its members instead."
-            )
+            raise InputError("per_image_budget wraps one policy, not a composition; wrap its members instead.")
         if self.split not in ("proportional", "equal"):
             raise InputError(f"split={self.split!r} is unknown; give 'proportional' or 'equal'.")
         if self.budget.flops is not None:

@@ -85,9 +85,7 @@ class ToDRE(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tau is not None and not 0 <= self.tau < math.inf:
-            raise InputError(
-                f"tau={self.tau} is out of range; give a threshold of at least 0 (0.1), or None."
-            )
+            raise InputError(f"tau={self.tau} is out of range; give a threshold of at least 0 (0.1), or None.")
         if self.variant not in ("max_sum", "k_center"):
             raise InputError(f"variant={self.variant!r} is unknown; give 'max_sum' or 'k_center'.")
         if self.pivot not in PIVOTS:
@@ -112,9 +110,7 @@ class ToDRE(Policy):
         layers = []
         for layer in self._layers():
             if isinstance(layer, float) and not 0 <= layer <= 1:
-                raise InputError(
-                    f"check_layers={layer} is no share of depth; give one in (0, 1], or an integer layer."
-                )
+                raise InputError(f"check_layers={layer} is no share of depth; give one in (0, 1], or an integer layer.")
             if isinstance(layer, float) and depth is not None:
                 layer = max(1, math.floor(round(layer * depth, 6))) - 1
             layers.append(info.text_layer(layer))
