@@ -95,10 +95,9 @@ class Handle:
         self._engine.remove()
         if self._processor is not None:
             self._processor.remove()
-        del self._root.__dict__[HANDLE]
-        inner = unwrap(self._root)
-        if inner.__dict__.get(HANDLE) is self:
-            del inner.__dict__[HANDLE]
+        for module in self._root.modules():
+            if module.__dict__.get(HANDLE) is self:
+                del module.__dict__[HANDLE]
 
     def __enter__(self) -> Handle:
         return self
@@ -142,7 +141,7 @@ def apply(
     """
     resolved = config.resolve(policy, **parameters)
     if isinstance(model, nn.Module):
-        for module in (model, unwrap(model)):
+        for module in model.modules():
             if HANDLE in module.__dict__:
                 active = module.__dict__[HANDLE]
                 raise ActiveError(
@@ -158,8 +157,9 @@ def apply(
             hook.remove()
         raise
     handle = Handle(model, engine, hook)
-    model.__dict__[HANDLE] = handle
-    unwrap(model).__dict__[HANDLE] = handle
+    # The text model bears it too: whoever prunes the whole or a part of this model meets the handle.
+    for module in (model, unwrap(model), engine.family.text_model):
+        module.__dict__[HANDLE] = handle
     return handle
 
 

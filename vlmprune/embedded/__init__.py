@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _MODELS = ("tiny-llava",)
 _LAZY = {
+    "FAMILIES": "questions",
+    "HEADLINE_FAMILIES": "questions",
     "SceneQuestion": "tasks",
     "scene_questions": "tasks",
     "load_easy_vqa": "easyvqa",
