@@ -170,6 +170,9 @@ class PrunedDynamicCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
+        for layer in self.layers:  # before transformers 5.23 the tokens stay, as zeros
+            layer.keys = layer.values = None
+            layer.is_initialized = False
         self.prompt = PromptState(0)
 
 

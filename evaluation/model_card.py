@@ -34,8 +34,8 @@ from vlmprune.evaluation.training_record import curve_tables, read_training, tra
 CARD_NAME = "MODEL_CARD.md"
 POLICIES = ("hiprune", "todre", "grid_pool")
 BUDGETS = (0.22, 0.11, 0.05)
-SCENE_QUESTIONS = 1600
-EASY_QUESTIONS = 1000
+SCENE_QUESTIONS = 1000
+EASY_QUESTIONS = 400
 READING = (
     "Held-out scenes use photos, handwritten digits and arrangements that training did not see; easy-VQA is "
     "the public test split. Percent right by exact match, 95 % Wilson intervals. *Text only*: the same "
@@ -81,7 +81,7 @@ def measure_card(
             seed=seed,
             batch_size=32,
             random_seeds=random_seeds,
-            text_only=True,
+            text_only=limit is not None,
             measure_time=measure_time and limit is not None,
             progress=progress,
         )

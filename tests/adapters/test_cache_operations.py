@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import vlmprune
 from fixed_policy import FixedKeep
 from llava_prompts import LlavaPrompt, N, decode, make_prompt, pick_tokens, prefill, small_llava
 from torch import Tensor, nn
 from transformers import DynamicCache
+
+import vlmprune
 from vlmprune.adapters.cache import PrunedDynamicCache
 from vlmprune.core.sites import Site
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import vlmprune
 from fixed_policy import FixedKeep, MeanGroups
 from llava_prompts import N, make_prompt, pick_tokens, prefill, small_llava
 from recording import Recording, Tape
+
+import vlmprune
 from vlmprune.core import signals as s
 from vlmprune.core.context import Context
 from vlmprune.core.errors import ActiveError
@@ -159,7 +160,10 @@ def test_dropping_everything_after_the_encoder() -> None:
 def test_a_part_of_a_pruned_model_cannot_be_pruned_again(part: str, outer_first: bool) -> None:
     model = small_llava()
     inner, spans = (model.model, None) if part == "base" else (model.model.language_model, [[(3, N)]])
-    calls = [lambda: vlmprune.apply(model, "uniform", keep=0.5), lambda: vlmprune.apply(inner, "uniform", keep=0.5, spans=spans)]
+    calls = [
+        lambda: vlmprune.apply(model, "uniform", keep=0.5),
+        lambda: vlmprune.apply(inner, "uniform", keep=0.5, spans=spans),
+    ]
     first, second = calls if outer_first else calls[::-1]
     handle = first()
     with pytest.raises(ActiveError, match=r"pruned already.*handle\.remove\(\)"):

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from fixed_policy import FixedKeep
-from llava_prompts import LlavaPrompt, N, decode, make_prompt, pick_tokens, prefill, small_llava
+from llava_prompts import LlavaPrompt, decode, fixed_keep, make_prompt, prefill, small_llava
 from masked_reference import hidden_keys
 from torch import Tensor, nn
 
 import vlmprune
 from vlmprune.adapters.cache import PrunedDynamicCache
-from vlmprune.core.sites import Site
 from vlmprune.embedded.tiny_configs import IMAGE_TOKEN_ID
 
 NEW = 6
@@ -38,12 +37,6 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     return small_llava(dtype=torch.float64)
-
-
-def fixed(prompt: LlavaPrompt, where: int | None) -> FixedKeep:
-    widths = [N] * sum(prompt.images) if where is None else [N * n for n in prompt.images if n]
-    site = Site.POST_ENCODER if where is None else Site.DECODER_LAYER
-    return FixedKeep(kept=pick_tokens(widths, ragged=True), site=site, layer=where, positions="keep")
 
 
 def generate(model: nn.Module, prompt: LlavaPrompt, **mode: Any) -> Any:
@@ -80,7 +73,7 @@ def test_equals_the_masked_dense_model(model: nn.Module, mode: str, form: str, w
     """On transformers before 5.23 dense beams mix up the images of samples with several images (the pixels are
     repeated image by image); pruned and reference then share the mix-up."""
     prompt = make_prompt(*PROMPTS[form], dtype=torch.float64)
-    policy = fixed(prompt, where)
+    policy = fixed_keep(prompt.images, where, ragged=True)
     with masked(model, prompt, policy):
         expected = generate(model, prompt, **MODES[mode])
     with vlmprune.applied(model, policy):
@@ -97,7 +90,7 @@ def test_prompt_lookup(model: nn.Module, where: int | None, monkeypatch: pytest.
     every_word = torch.cat([torch.arange(3, 5), torch.arange(6, 64)])[None]  # so that every token has a match
     ids = torch.cat([plain.ids[:, :1], every_word, plain.ids[:, 1:]], 1)
     prompt = LlavaPrompt(ids, torch.ones_like(ids, dtype=torch.bool), plain.pixels, (1,))
-    policy = fixed(prompt, where)
+    policy = fixed_keep(prompt.images, where, ragged=True)
     cropped: list[int] = []
     crop = PrunedDynamicCache.crop
 
@@ -122,7 +115,7 @@ def test_prompt_lookup(model: nn.Module, where: int | None, monkeypatch: pytest.
 @pytest.mark.parametrize("where", SITES)
 def test_a_text_turn_on_a_pruned_cache(model: nn.Module, where: int | None) -> None:
     prompt = make_prompt((2, 1), True, torch.float64)
-    policy = fixed(prompt, where)
+    policy = fixed_keep(prompt.images, where, ragged=True)
     turn = torch.randint(8, 60, (2, 4), generator=torch.Generator().manual_seed(2))
     results = []
     for context in (masked(model, prompt, policy), vlmprune.applied(model, policy)):
@@ -136,7 +129,7 @@ def test_a_text_turn_on_a_pruned_cache(model: nn.Module, where: int | None) -> N
 def test_generate_goes_on_from_a_pruned_cache(model: nn.Module, where: int | None) -> None:
     """A second ``generate`` with the whole conversation and the first one's cache."""
     prompt = make_prompt((1, 1), True, torch.float64)
-    policy = fixed(prompt, where)
+    policy = fixed_keep(prompt.images, where, ragged=True)
     turn = torch.randint(8, 60, (2, 4), generator=torch.Generator().manual_seed(2))
     results = []
     for context in (masked(model, prompt, policy), vlmprune.applied(model, policy)):
@@ -165,7 +158,7 @@ def test_compact_positions_equal_generation_from_short_embeddings(
 ) -> None:
     """After the encoder. In a decoder layer the cached and the uncached run, and any batch, must agree."""
     prompt = make_prompt((1, 1) if mode == "beams" else (1, 2), True, torch.float64)
-    policy = fixed(prompt, where)
+    policy = fixed_keep(prompt.images, where, ragged=True)
     policy = FixedKeep(kept=policy.kept, site=policy.site, layer=where, positions="compact")
     with vlmprune.applied(model, policy):
         got = generate(model, prompt, **MODES[mode])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fixed_policy import FixedKeep, MeanGroups
-from llava_prompts import LlavaPrompt, N, decode, make_prompt, pick_tokens, prefill, small_llava
+from llava_prompts import LlavaPrompt, N, decode, fixed_keep, make_prompt, prefill, small_llava
 from masked_reference import hidden_keys
 from torch import Tensor, nn
 
@@ -21,12 +21,6 @@ def reference(model: nn.Module, prompt: LlavaPrompt, dropped: Tensor, where: int
         return prefill(model, prompt, **arguments).logits
 
 
-def fixed(prompt: LlavaPrompt, where: int | None) -> FixedKeep:
-    widths = [N] * sum(prompt.images) if where is None else [N * n for n in prompt.images if n]
-    site = Site.POST_ENCODER if where is None else Site.DECODER_LAYER
-    return FixedKeep(kept=pick_tokens(widths, ragged=True), site=site, layer=where, positions="keep")
-
-
 def padded_on_the_right(prompt: LlavaPrompt) -> LlavaPrompt:
     order = (~prompt.real).long().argsort(dim=1, stable=True)
     return replace(prompt, ids=prompt.ids.gather(1, order), real=prompt.real.gather(1, order))
@@ -37,7 +31,7 @@ def padded_on_the_right(prompt: LlavaPrompt) -> LlavaPrompt:
 def test_right_padding(where: int | None, implementation: str) -> None:
     model = small_llava(attn_implementation=implementation)
     prompt = padded_on_the_right(make_prompt((2, 1, 0), padded=True))
-    policy = fixed(prompt, where)
+    policy = fixed_keep(prompt.images, where, ragged=True)
     dropped = prompt.dropped(policy.kept, policy.site)
     expected = reference(model, prompt, dropped, where or 0)
     with vlmprune.applied(model, policy):
@@ -50,7 +44,7 @@ def test_right_padding(where: int | None, implementation: str) -> None:
 @pytest.mark.parametrize("where", [None, 0, 3])
 def test_first_and_last_layer_with_decoding(where: int | None) -> None:
     model, prompt = small_llava(dtype=torch.float64), make_prompt((1, 1), True, torch.float64)
-    policy = fixed(prompt, where)
+    policy = fixed_keep(prompt.images, where, ragged=True)
     dropped = prompt.dropped(policy.kept, policy.site)
     forced = torch.randint(8, 60, (2, 3), generator=torch.Generator().manual_seed(4))
     layers = model.model.language_model.layers
@@ -66,7 +60,7 @@ def test_first_and_last_layer_with_decoding(where: int | None) -> None:
 @pytest.mark.parametrize("where", [None, 2])
 def test_without_mask_and_positions(where: int | None) -> None:
     model, prompt = small_llava(), make_prompt((2, 2))
-    policy = fixed(prompt, where)
+    policy = fixed_keep(prompt.images, where, ragged=True)
     dropped = prompt.dropped(policy.kept, policy.site)
     expected = reference(model, prompt, dropped, where or 0)
     with vlmprune.applied(model, policy), torch.no_grad():
@@ -77,7 +71,7 @@ def test_without_mask_and_positions(where: int | None) -> None:
 @pytest.mark.parametrize("where", [None, 2])
 def test_placeholders_given_as_embeddings(where: int | None) -> None:
     model, prompt = small_llava(), make_prompt((2, 1), padded=True)
-    policy = fixed(prompt, where)
+    policy = fixed_keep(prompt.images, where, ragged=True)
     with vlmprune.applied(model, policy), torch.no_grad():
         expected = prefill(model, prompt).logits
         embeds = model.get_input_embeddings()(prompt.ids)
@@ -95,7 +89,7 @@ def test_hidden_states_asked_for_before_apply(where: int | None) -> None:
     """transformers installs hooks of its own the first time hidden states are asked for; ours must still come first."""
     prompt = make_prompt((1, 1))
     fresh, used = small_llava(), small_llava()
-    policy = fixed(prompt, where)
+    policy = fixed_keep(prompt.images, where, ragged=True)
     dropped = prompt.dropped(policy.kept, policy.site)
     dense = prefill(used, prompt, output_hidden_states=True)
     layers = used.model.language_model.layers
@@ -128,7 +122,7 @@ def test_the_image_features_are_not_disturbed() -> None:
 def test_gradients_flow_as_in_the_masked_model(where: int | None) -> None:
     """Training on a pruned model: the loss on text has the gradient of the dense model with hidden tokens."""
     model, prompt = small_llava(dtype=torch.float64), make_prompt((1, 1), True, torch.float64)
-    policy = fixed(prompt, where)
+    policy = fixed_keep(prompt.images, where, ragged=True)
     dropped = prompt.dropped(policy.kept, policy.site)
     labels = prompt.ids.masked_fill(~prompt.real | (prompt.ids == model.config.image_token_index), -100)
     labels[:, : prompt.length - 2] = -100  # targets whose logits come from text

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fixed_policy import FixedKeep
 from torch import Tensor, nn
 
 from vlmprune.core.sites import Site
@@ -122,6 +123,16 @@ def pick_tokens(widths: Sequence[int], ragged: bool = False, seed: int = 3) -> t
         tuple(sorted(torch.randperm(width, generator=generator)[:count].tolist()))
         for width, count in zip(widths, counts, strict=True)
     )
+
+
+def fixed_keep(
+    images: tuple[int, ...] = (1,), where: int | None = None, ragged: bool = False, positions: Any = "keep"
+) -> FixedKeep:
+    """A policy that keeps about half of the tokens of prompts with ``images``, after the encoder or before decoder
+    layer ``where``."""
+    widths = [N] * sum(images) if where is None else [N * n for n in images if n]
+    site = Site.POST_ENCODER if where is None else Site.DECODER_LAYER
+    return FixedKeep(kept=pick_tokens(widths, ragged), site=site, layer=where, positions=positions)
 
 
 @torch.no_grad()
