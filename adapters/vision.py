@@ -34,7 +34,6 @@ class TowerRecord:
     thread: int = field(default_factory=threading.get_ident)
     values: dict[s.Signal, Any] = field(default_factory=dict)
     digests: list[str] = field(default_factory=list)
-    projected: Tensor | None = None
 
 
 class TowerRecorder:
@@ -56,12 +55,13 @@ class TowerRecorder:
         if not self._wanted and not self._digests:
             return
         hooks.before(tower, self._begin)
-        hooks.after(projector, self._projected)
         blocks = self._family.vision_blocks()
         for block in sorted({signal.layer for signal in self._wanted if isinstance(signal, ATTENTION_SIGNALS)}):
             tap.install(self._family.vision_attention(block), BlockRecorder(self, block), hooks)
         for signal in self._wanted:
-            if isinstance(signal, s.Hidden) and signal.when == "in":
+            if isinstance(signal, s.PreProjector):
+                hooks.before(projector, partial(self._before_projector, signal))
+            elif isinstance(signal, s.Hidden) and signal.when == "in":
                 hooks.before(blocks[signal.layer], partial(self._hidden_in, signal))
             elif isinstance(signal, s.Hidden):
                 hooks.after(blocks[signal.layer], partial(self._hidden_out, signal))
@@ -126,12 +126,11 @@ class TowerRecorder:
         if self._digests:
             self.last.digests = [tensor_digest(image) for image in pixels]
 
-    def _projected(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if self.last is None or not self.enabled:
-            return
-        self.last.projected = output.detach()
-        if s.PreProjector() in self._wanted:
-            self.last.values[s.PreProjector()] = (args[0] if args else next(iter(kwargs.values()))).detach()
+    def _before_projector(
+        self, signal: s.PreProjector, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self.last is not None and self.enabled:
+            self.last.values[signal] = (args[0] if args else next(iter(kwargs.values()))).detach()
 
     def _hidden_in(self, signal: s.Hidden, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._hidden(signal, args[0] if args else kwargs["hidden_states"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from llava_prompts import LlavaPrompt, decode, fixed_keep, make_prompt, prefill, small_llava
+from llava_prompts import LlavaPrompt, StubProcessor, decode, fixed_keep, make_prompt, prefill, small_llava
 from masked_reference import hidden_keys
 from torch import nn
 
@@ -112,18 +112,11 @@ def test_nothing_is_refused_where_nothing_is_reduced(policy: str) -> None:
     second = make_prompt(seed=7)
     expected = two_turns(model, prompt, second)
     static = model.generate(**prompt.inputs, max_new_tokens=3, do_sample=False, cache_implementation="static")
-    settings: dict[str, Any] = {"keep": 1.0} if policy == "uniform" else {"keep": 0.25, "processor": FakeProcessor()}
+    settings: dict[str, Any] = {"keep": 1.0} if policy == "uniform" else {"keep": 0.25, "processor": StubProcessor()}
     with vlmprune.applied(model, policy, **settings):
         assert torch.equal(two_turns(model, prompt, second), expected)
         got = model.generate(**prompt.inputs, max_new_tokens=3, do_sample=False, cache_implementation="static")
         assert torch.equal(got, static)
-
-
-class FakeProcessor:
-    """Enough of a processor for policies that act on images."""
-
-    def __init__(self) -> None:
-        self.image_processor = object()
 
 
 @torch.no_grad()

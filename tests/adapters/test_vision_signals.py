@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -176,6 +177,15 @@ def test_an_optional_signal_that_the_model_lacks_is_left_out() -> None:
     model = small_llava("siglip")
     context = record(model, make_prompt(), (s.ClsRow(1, optional=True), s.Projected()))
     assert set(context.signals) == {s.Projected()}
+
+
+def test_an_optional_signal_that_the_model_has_is_delivered() -> None:
+    model, prompt = small_llava(), make_prompt()
+    for signal in set(wanted("clip")) - {s.TextEmbeddings()}:
+        optional = replace(signal, optional=True)
+        full = record(model, prompt, (signal,)).signal(signal)
+        got = record(model, prompt, (optional,)).signal(optional)
+        assert got is full or close(got, full)
 
 
 def test_todre_falls_back_to_a_random_pivot_without_a_cls_token() -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vlmprune.core.errors import BudgetError, InputError, SignalError
 from vlmprune.core.geometry import smart_resize, visual_tokens
+from vlmprune.core.info import ModelInfo
 from vlmprune.core.selection import Selection
 from vlmprune.core.signals import Projected
 from vlmprune.core.sites import Site
@@ -178,3 +179,9 @@ def test_smart_resize_properties() -> None:
         smart_resize(1, 201, **limits)
     with pytest.raises(InputError, match="empty"):
         smart_resize(0, 20, **limits)
+
+
+def test_jpeg_alone_acts_too() -> None:
+    info = ModelInfo("llava", "LlavaForConditionalGeneration")
+    assert Downsample(jpeg=True).reduces(info)
+    assert not Downsample().reduces(info)

@@ -22,6 +22,13 @@ def small_llava(vision: str = "clip", text: str = "llama", **arguments: Any) -> 
     return random_llava(vision, text, **{**sizes, **arguments})
 
 
+class StubProcessor:
+    """Enough of a processor for policies that act on images, where a test gives pixels itself."""
+
+    def __init__(self) -> None:
+        self.image_processor = object()
+
+
 @dataclass(frozen=True)
 class LlavaPrompt:
     """A left-padded batch of prompts; ``real`` marks tokens that are not padding."""

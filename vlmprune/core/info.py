@@ -61,7 +61,10 @@ class ModelInfo:
             InputError: there is no tower, or the layer lies outside it.
         """
         if self.vision_depth is None or self.feature_block is None:
-            raise InputError(f"{self.model_class} has no vision tower, so vision layer {layer} does not exist.")
+            raise InputError(
+                f"{self.model_class} has no vision tower, so vision layer {layer} does not exist; choose a policy "
+                "that needs no tower, such as 'random' or 'uniform'."
+            )
         last = self.feature_block
         if isinstance(layer, float):
             return min(last, max(0, _share_of(layer, self.vision_depth) - 1))

@@ -85,7 +85,7 @@ class Downsample(SingleSitePolicy):
         return float(whole) if abs(divisor - whole) <= WHOLE_FACTOR_TOLERANCE * whole else divisor
 
     def reduces(self, info: ModelInfo) -> bool:
-        return self.divisor > 1
+        return self.divisor > 1 or self.jpeg
 
     def needs_processor(self) -> bool:
         return True
