@@ -36,6 +36,12 @@ IMPORT = """
 import importlib, importlib.util, json, site, sys
 modules, light, extra = json.loads(sys.argv[1])
 if extra:
+    # The environment may hold an editable install of its own, whose finder would answer first.
+    own = [name for name in sys.modules if name.startswith("__editable___vlmprune")]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "__module__", None) not in own]
+    for name in own:
+        del sys.modules[name]
+    sys.path.insert(0, extra)
     site.addsitedir(extra)
 found = {name: importlib.util.find_spec(name) for name in modules}
 for name in light:
