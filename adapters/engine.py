@@ -118,7 +118,8 @@ class Engine:
         self._enter()
         try:
             self._in_base = True
-            if kwargs.get("pixel_values") is not None:
+            self.tower.inside = kwargs.get("pixel_values") is not None
+            if self.tower.inside:
                 self.tower.forget()
             self.family.check_call(kwargs)
             self._layout = guards.read_layout(self.family, kwargs, self._active)

@@ -39,6 +39,7 @@ class SignalSource:
         self._tower = tower
         self._projector = projector
         self._sample_ids = sample_ids
+        self._checked = False
 
     def image_signal(self, signal: s.Signal, features: Tensor) -> Any:
         """One signal for all images, per-token ones ``[I, N, ...]`` over the unreduced tokens.
@@ -97,8 +98,24 @@ class SignalSource:
         for row in range(0, len(per_row), repeats):
             first += [start] * repeats
             start += per_row[row]
-        rows = [first[image.sample] + image.index for image in images]
-        return torch.tensor(rows, device=self._embeds.device)
+        rows = torch.tensor([first[image.sample] + image.index for image in images], device=self._embeds.device)
+        if not self._checked and not self._tower.inside:
+            self._check_same_images(rows)
+            self._checked = True
+        return rows
+
+    def _check_same_images(self, rows: Tensor) -> None:
+        """Refuse features that were not encoded by the tower's last run: its signals belong to other images."""
+        record, layout = self._tower.current(), self._call.layout
+        if record is None or record.projected is None:
+            return
+        sample = torch.tensor(layout.samples, device=rows.device)
+        features = self._embeds[sample[:, None], layout.positions(rows.device)]
+        if not torch.equal(features, record.projected[rows].to(features)):
+            raise SignalError(
+                "The image features of this prompt are not those that were encoded last, so the policy's signals would "
+                "be another image's; encode the images of one call right before it, or give pixel_values."
+            )
 
     def _text_embeddings(self) -> tuple[Tensor, Tensor]:
         """Text embeddings of each image's row, ``[I, T, D]``, and which are real ``[I, T]``."""

@@ -27,13 +27,14 @@ ATTENTION_SIGNALS = (s.ColumnMass, s.ClsRow, s.ClsLogits, s.Keys, s.QK)
 class TowerRecord:
     """One run of the tower: ``values`` per signal, ``[images, N, ...]``, without the CLS token.
 
-    ``thread`` is the one that ran it.
+    ``thread`` is the one that ran it, ``projected`` what the projector made of its output ``[images, N, D]``.
     """
 
     images: int = 0
     thread: int = field(default_factory=threading.get_ident)
     values: dict[s.Signal, Any] = field(default_factory=dict)
     digests: list[str] = field(default_factory=list)
+    projected: Tensor | None = None
 
 
 class TowerRecorder:
@@ -46,6 +47,7 @@ class TowerRecorder:
         self._family = family
         self.last: TowerRecord | None = None
         self.enabled = True
+        self.inside = False  # the current forward runs the tower itself
 
     def install(self, hooks: HookStack) -> None:
         """Hook the tower and its projector."""
@@ -55,6 +57,7 @@ class TowerRecorder:
         if not self._wanted and not self._digests:
             return
         hooks.before(tower, self._begin)
+        hooks.after(projector, self._after_projector)
         blocks = self._family.vision_blocks()
         for block in sorted({signal.layer for signal in self._wanted if isinstance(signal, ATTENTION_SIGNALS)}):
             tap.install(self._family.vision_attention(block), BlockRecorder(self, block), hooks)
@@ -125,6 +128,10 @@ class TowerRecorder:
         self.last = TowerRecord(images=pixels.shape[0])
         if self._digests:
             self.last.digests = [tensor_digest(image) for image in pixels]
+
+    def _after_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
+        if self.last is not None and self.enabled:
+            self.last.projected = output.detach()
 
     def _before_projector(
         self, signal: s.PreProjector, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
