@@ -15,7 +15,7 @@ from vlmprune.core.info import ModelInfo
 from vlmprune.core.randomness import generator
 from vlmprune.core.signals import Signal
 from vlmprune.core.sites import Site
-from vlmprune.core.views import View, ViewGroup, on_device, split_count
+from vlmprune.core.views import Newline, View, ViewGroup, on_device, split_count
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,19 @@ class Context:
         features: ``[I, N, D]`` tokens as they stand here, or None where the site has none.
         signals: what was asked for, keyed by the signal.
         views: per item its views (empty at decoder sites).
-        pinned: ``[I, N]`` tokens that the framework keeps in any case (newlines); not counted in the budget.
+        newlines: per item its newline tokens (any-resolution images). A policy whose ``newlines`` is ``"rows"``
+            leaves them out: the framework keeps the newline of every row that still has tokens.
+        pinned: ``[I, N]`` those newline tokens, None where they compete with all others for the budget.
         image_id: ``[I, N]`` image of each token inside the sample, -1 for padding (decoder sites).
         position: ``[I, N]`` place of each token in the current sequence, padding not counted (decoder sites).
         sample: sample that each item belongs to.
         sizes: ``[I, N]`` patches that each token stands for.
         carry: per-token values kept by earlier selections of this forward.
         seeds: per item, only for policies that draw.
-        to_tokens: maps per-patch values ``[I, P, ...]`` to per-token values ``[I, N, ...]``.
+        encoder_items: item of each encoder view, in LLM order (``post_encoder``; see :mod:`vlmprune.core.signals`).
+        patch_valid: ``[V, P]`` bool, False for the padding of views with fewer patches; None where there is none.
+        to_tokens: ``to_tokens(values, newline=0.0)`` maps per-patch values ``[V, P, ...]`` to per-token values
+            ``[I, N, ...]``, just as patch features become tokens; ``newline`` is the value of newline tokens.
     """
 
     site: Site
@@ -53,6 +58,7 @@ class Context:
     features: Tensor | None = None
     signals: Mapping[Signal, Any] = field(default_factory=dict)
     views: tuple[tuple[View, ...], ...] = ()
+    newlines: tuple[tuple[Newline, ...], ...] = ()
     pinned: Tensor | None = None
     image_id: Tensor | None = None
     position: Tensor | None = None
@@ -60,7 +66,9 @@ class Context:
     sizes: Tensor | None = None
     carry: Mapping[str, Tensor] = field(default_factory=dict)
     seeds: tuple[int, ...] | None = None
-    to_tokens: Callable[[Tensor], Tensor] | None = None
+    encoder_items: tuple[int, ...] = ()
+    patch_valid: Tensor | None = None
+    to_tokens: Callable[..., Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -113,11 +121,10 @@ class Context:
         return generator(self.seeds[item])
 
     def counts(self, rounding: Rounding = "floor", minimum: int = 1) -> tuple[int, ...]:
-        """Tokens to keep per item by the budget, out of its views' cells: pinned tokens do not count."""
-        return tuple(
-            self.item_budget(item).count(sum(v.length for v in self.item_views(item)), rounding, minimum)
-            for item in range(self.n_items)
-        )
+        """Tokens to keep per item by the budget: of its views' cells where newlines are pinned, else of all tokens."""
+        cells = [sum(view.length for view in self.item_views(item)) for item in range(self.n_items)]
+        sizes = self.lengths if self.pinned is None else cells
+        return tuple(self.item_budget(item).count(n, rounding, minimum) for item, n in enumerate(sizes))
 
     def view_counts(self, counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Each item's count shared among its views in proportion to their tokens; the shares add up."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from vlmprune.core.budget import Basis, Budget
 from vlmprune.core.calibration import Calibrator
@@ -12,6 +12,10 @@ from vlmprune.core.errors import BudgetError, InputError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.selection import Selection
 from vlmprune.core.sites import Positions, SiteRequest
+
+
+NewlineRule = Literal["rows", "compete"]
+"""What becomes of newline tokens: kept with each row that keeps tokens, or candidates like all others."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Policy:
     default_positions: ClassVar[Positions] = "compact"
     is_wrapper: ClassVar[bool] = False
     takes_flops: ClassVar[bool] = False
+    newlines: ClassVar[NewlineRule] = "rows"
 
     keep: Any = field(default=1.0, kw_only=True)
     positions: Positions = field(default="auto", kw_only=True)

@@ -3,6 +3,11 @@
 Layers are 0-based. ``stack`` is ``"vision"`` or ``"text"``. Shapes use ``I`` items and ``N`` visual tokens
 per item; see :class:`vlmprune.core.context.Context` for what an item is at each site. Attention is after the
 softmax, the mean over heads, float32.
+
+Signals of the tower come per LLM token: values of patches follow unpadding, interpolation and pooling to the tokens
+that they make; a token made of several patches has their mean, a newline token 0. Where that loses what a policy
+needs, ``QK``, ``Attention`` and ``Pixels`` come per patch, over the ``V`` encoder views of all items
+(``context.encoder_items``) with ``P`` patches each; ``context.to_tokens`` takes such values to the tokens.
 """
 
 from __future__ import annotations
@@ -63,10 +68,21 @@ class Keys(Signal):
 
 @dataclass(frozen=True)
 class QK(Signal):
-    """Queries and keys of an attention layer as they enter the product: a pair of ``[I, H, N, d]``."""
+    """Queries and keys of an attention layer as they enter the product: a pair of ``[V, H, P, d]`` over the patches
+    of every encoder view. Which pairs a windowed layer allows they do not say: see :class:`Attention`."""
 
     per_token: ClassVar[bool] = False
     stack: Stack
+    layer: int
+
+
+@dataclass(frozen=True)
+class Attention(Signal):
+    """A vision layer's attention as a :class:`vlmprune.core.attention.AttentionMap` over the patches of every encoder
+    view: reductions of the matrix, which itself never exists."""
+
+    per_token: ClassVar[bool] = False
+    stack: ClassVar[Stack] = "vision"
     layer: int
 
 
@@ -114,7 +130,8 @@ class JointEmbeddings(Signal):
 
 @dataclass(frozen=True)
 class Pixels(Signal):
-    """Un-normalised pixels in 0..255 of the encoded views, ``[I, C, H, W]``."""
+    """Un-normalised pixels in 0..255 of every patch, ``[V, P, C, h, w]`` (the frames of a temporal patch on top of each
+    other). Needs ``processor=`` at ``apply``, which knows the normalisation."""
 
     per_token: ClassVar[bool] = False
     stack: ClassVar[Stack] = "vision"

@@ -40,6 +40,14 @@ class View:
 
 
 @dataclass(frozen=True)
+class Newline:
+    """A separator token that ends a row of cells: at ``place`` of its item, for the row ``start`` to ``place - 1``."""
+
+    place: int
+    start: int
+
+
+@dataclass(frozen=True)
 class ViewGroup:
     """Views of equal grid and budget, gathered so that one batched call serves them all.
 
