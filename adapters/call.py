@@ -33,8 +33,9 @@ class Prefill:
         visual: visual tokens left per row, known on the host.
         fields: carried per-token values ``[B, L, ...]``.
         signals: text signals recorded so far, each with the tokens that it is over.
-        stage: keyword arguments prepared for the current tokens.
+        stage: keyword arguments prepared for the current tokens, per type of layer.
         renumbered: positions changed since layer 0.
+        deepstack: levels of features to add after the first layers.
         contents: what seeds the draw of each image of the layout; empty where no policy draws.
     """
 
@@ -51,8 +52,9 @@ class Prefill:
     relative: Tensor | None = None
     fields: dict[str, Tensor] = field(default_factory=dict)
     signals: dict[Signal, tuple[LayerTokens, Any]] = field(default_factory=dict)
-    stage: dict[str, Any] = field(default_factory=dict)
+    stage: dict[str, dict[str, Any]] = field(default_factory=dict)
     renumbered: bool = False
+    deepstack: int = 0
     contents: tuple[str, ...] = ()
 
     @property
@@ -114,7 +116,7 @@ class Decode:
         mask: 2-D mask over the unpruned sequence ``[B, total]``, or None.
         positions: incoming position ids ``[..., B, q]``.
         queries, total: new tokens, and length of the unpruned sequence with them.
-        prepared: keyword arguments per run of layers that share tokens.
+        prepared: keyword arguments per run of layers that share tokens, and type of layer.
     """
 
     cache: PrunedDynamicCache
@@ -122,7 +124,7 @@ class Decode:
     positions: Tensor
     queries: int
     total: int
-    prepared: dict[int, dict[str, Any]] = field(default_factory=dict)
+    prepared: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
 
     def columns(self, tokens: LayerTokens) -> Tensor:
         """``[B, n + generated + q]`` places of a layer's keys in the unpruned sequence."""

@@ -6,7 +6,17 @@ from vlmprune.core import signals as s
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.sites import Site, SiteRequest
 
-FROM_TOWER = (s.ColumnMass, s.ClsRow, s.ClsLogits, s.Keys, s.QK, s.Hidden, s.PreProjector)
+FROM_TOWER = (
+    s.ColumnMass,
+    s.ClsRow,
+    s.ClsLogits,
+    s.Keys,
+    s.QK,
+    s.Attention,
+    s.Hidden,
+    s.PreProjector,
+    s.Pixels,
+)
 FROM_PROMPT = (s.Projected, s.Projector, s.TextEmbeddings)
 FROM_ATTENTION = (s.GroupMass, s.AttentionRows)
 

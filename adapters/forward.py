@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from vlmprune.adapters import cache as caches
-from vlmprune.adapters import decoder, finish, guards, masks, prompt
+from vlmprune.adapters import decoder, deepstack, finish, guards, masks, prompt
 from vlmprune.adapters.call import Decode, Prefill
+from vlmprune.adapters.encoding import EncodingRecorder
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.layout import PromptLayout
 from vlmprune.adapters.sites import Step
 from vlmprune.adapters.source import SignalSource
-from vlmprune.adapters.vision import TowerRecorder
+from vlmprune.adapters.vision_family import VisionFamily
 from vlmprune.core import config
 from vlmprune.core.errors import UnsupportedError
 from vlmprune.core.info import ModelInfo
@@ -27,7 +28,7 @@ class TextForward:
     """Changes what the text model and its layers receive.
 
     Args:
-        family, info: the model. policy, steps: what to do. tower: where image signals come from.
+        family, info: the model. policy, steps: what to do. encoder: where image signals come from.
         restore_length: give the output the prompt's full length again.
     """
 
@@ -37,14 +38,15 @@ class TextForward:
         info: ModelInfo,
         policy: Policy,
         steps: tuple[Step, ...],
-        tower: TowerRecorder,
+        encoder: EncodingRecorder | None,
         restore_length: bool,
     ) -> None:
         self._family = family
         self._info = info
         self._policy = policy
         self._steps = steps
-        self._tower = tower
+        self._encoder = encoder
+        self._active = any(step.request.site != Site.IMAGE for step in steps)
         self._restore_length = restore_length
         self._warned = False
         self.call: Prefill | Decode | None = None
@@ -62,21 +64,24 @@ class TextForward:
             embeds = self._family.text_model.get_input_embeddings()(kwargs["input_ids"])
         call = self.call = new_prefill(layout, kwargs, embeds, self._new_report(layout))
         self.report = call.report
-        source = SignalSource(call, embeds, self._tower, self._family.projector, self.sample_ids)
+        family = self._family if isinstance(self._family, VisionFamily) else None
+        source = SignalSource(call, embeds, family, self._encoder, self.sample_ids)
+        if self._active:
+            kwargs = deepstack.take_over(call, kwargs)
         if any(step.policy.is_random(self._info) for step in self._steps):
             call.contents = source.contents()
         steps = tuple(step for step in self._steps if step.request.site == Site.POST_ENCODER)
         if steps:
             reduced = prompt.reduce_images(steps, call, embeds, self._info, source)
             if reduced is not None:
-                kwargs = prompt.shorten(kwargs, call, *reduced)
+                kwargs = prompt.shorten(kwargs, call, *reduced, self._mask_form)
         return self._with_cache(call, kwargs)
 
     def begin_decode(self, cache: caches.PrunedDynamicCache, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of the text model for new tokens on a pruned cache.
 
         Raises:
-            UnsupportedError: the mask is not 2-D over the unpruned sequence, or the window is full.
+            UnsupportedError: the mask is not over the unpruned sequence, or the window is full.
         """
         new = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         queries, past = new.shape[1], cache.get_seq_length()
@@ -91,7 +96,8 @@ class TextForward:
         changed = {**kwargs, "position_ids": positions}
         if base.shift is not None:
             changed["position_ids"] = positions - base.shift[:, None]
-        if mask is not None or not base.full:
+        prepared = isinstance(kwargs.get("attention_mask"), dict)  # masks per layer type, over the unpruned sequence
+        if mask is not None or not base.full or prepared:
             changed["attention_mask"] = call.valid(base).long()
         if kwargs.get("cache_position") is not None:
             changed["cache_position"] = kwargs["cache_position"] - cache.prompt.dropped(0)
@@ -102,15 +108,16 @@ class TextForward:
         """Hidden states and keyword arguments of decoder layer ``index``, cut where a policy says so."""
         call = self.call
         if isinstance(call, Decode):
-            return hidden, decoder.decode_kwargs(call, index, kwargs, hidden, self._rotary, self._mask_form)
+            return hidden, decoder.decode_kwargs(call, index, kwargs, hidden, self._family, self._mask_form)
         assert isinstance(call, Prefill)
+        hidden = deepstack.add(call, index, hidden)
         for step in self._steps:
             if step.request.site == Site.DECODER_LAYER and step.request.layer == index:
                 hidden = decoder.cut(step, call, hidden, self._info, self._family.text_model.norm, self._seeds)
         if call.cache is not None:
             call.cache.prompt.layers[index] = call.tokens
         if call.relative is not None:
-            kwargs = decoder.prefill_kwargs(call, kwargs, hidden, self._rotary, self._mask_form)
+            kwargs = decoder.prefill_kwargs(call, index, kwargs, hidden, self._family, self._mask_form)
         return hidden, kwargs
 
     def end(self, output: Any) -> Any:
@@ -162,9 +169,6 @@ class TextForward:
         call.cache = caches.PrunedDynamicCache.adopt(cache, state)
         return kwargs
 
-    def _rotary(self, hidden: Tensor, positions: Tensor) -> Any:
-        return self._family.text_model.rotary_emb(hidden, positions)
-
     @property
     def _mask_form(self) -> masks.MaskForm:
         return masks.mask_form(self._family.text_model.config._attn_implementation)
@@ -180,9 +184,8 @@ class TextForward:
 def new_prefill(layout: PromptLayout, kwargs: dict[str, Any], embeds: Tensor, report: Report) -> Prefill:
     """The state of a prefill before anything is reduced."""
     device, rows, length = embeds.device, layout.rows, layout.length
-    mask = kwargs.get("attention_mask")
-    flat = isinstance(mask, Tensor) and mask.ndim == 2
-    real = mask.bool() if flat else torch.ones(rows, length, dtype=torch.bool, device=device)
+    mask = layout.mask
+    real = torch.ones(rows, length, dtype=torch.bool, device=device) if mask is None else mask.bool().to(device)
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(length, device=device)[None]
@@ -202,11 +205,18 @@ def new_prefill(layout: PromptLayout, kwargs: dict[str, Any], embeds: Tensor, re
 
 
 def checked_mask(mask: Any, total: int) -> Tensor | None:
-    """A 2-D mask over the unpruned sequence of ``total`` tokens, or None."""
+    """A 2-D mask over the unpruned sequence of ``total`` tokens, or None; of a 4-D one what the last token sees."""
+    if isinstance(mask, dict):
+        mask = mask["full_attention"]
     if mask is None:
         return None
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        mask = masks.visible_keys(mask)
     if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise UnsupportedError("On a pruned cache only 2-D attention masks are supported; pass a 2-D mask or none.")
+        raise UnsupportedError(
+            f"On a pruned cache attention masks are 2-D or 4-D tensors, not {type(mask).__name__}; pass a 2-D mask or "
+            "none."
+        )
     if mask.shape[1] != total:
         raise UnsupportedError(
             f"attention_mask has {mask.shape[1]} columns, but the unpruned sequence has {total} tokens; give one "

@@ -23,7 +23,9 @@ class LayerRecorder:
         self._wanted = wanted
         self._current = current
 
-    def record(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
+    def record(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, options: dict[str, Any]
+    ) -> None:
         call = self._current()
         if call is None:
             return
