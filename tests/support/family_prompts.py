@@ -1,0 +1,207 @@
+"""Batches of prompts for the random-weight models of all families, and runs over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+import transformers
+from prompt_parts import IMAGE, STYLES, TEXT, VIDEO, Draw, Part, Size
+from torch import Tensor, nn
+
+from vlmprune.core.sites import Site
+from vlmprune.embedded.random_models import tokens as t
+
+MAJOR = int(transformers.__version__.split(".")[0])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt: ids and kinds of its tokens, its images and videos, and where each of them starts."""
+
+    ids: list[int]
+    kinds: list[int]
+    parts: list[Part]
+    starts: list[int]
+
+
+@dataclass(frozen=True)
+class FamilyPrompt:
+    """A left-padded batch of prompts in the shape that the family's processor gives."""
+
+    family: str
+    rows: tuple[Row, ...]
+
+    @property
+    def length(self) -> int:
+        """Padded prompt length."""
+        return max(len(row.ids) for row in self.rows)
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """Images and videos per row."""
+        return tuple(len(row.parts) for row in self.rows)
+
+    @property
+    def ids(self) -> Tensor:
+        """``[B, L]`` prompt tokens."""
+        return self._padded([row.ids for row in self.rows], t.PAD_ID)
+
+    @property
+    def real(self) -> Tensor:
+        """``[B, L]`` True at tokens that are not padding."""
+        return self._padded([[1] * len(row.ids) for row in self.rows]).bool()
+
+    @property
+    def kinds(self) -> Tensor:
+        """``[B, L]`` 0 for text, 1 for an image's placeholder, 2 for a video's."""
+        return self._padded([row.kinds for row in self.rows], TEXT)
+
+    @property
+    def vision(self) -> dict[str, Tensor]:
+        """Pixels and what describes them; empty without images."""
+        return STYLES[self.family].collate([row.parts for row in self.rows]) if sum(self.images) else {}
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the model and of ``generate``."""
+        given = {"input_ids": self.ids, "attention_mask": self.real.long(), **self.vision}
+        name = STYLES[self.family].type_ids
+        if name == "mm_token_type_ids" and MAJOR >= 5:
+            given[name] = self.kinds
+        elif name == "token_type_ids":
+            given[name] = self.kinds if self.family == "gemma3" else torch.zeros_like(self.kinds)
+        return given
+
+    def places(self) -> list[list[list[int]]]:
+        """Per row and image or video, where its placeholders stand in the padded prompt."""
+        return [
+            [
+                [self.length - len(row.ids) + start + i for i in part.places]
+                for part, start in zip(row.parts, row.starts, strict=True)
+            ]
+            for row in self.rows
+        ]
+
+    def row(self, index: int) -> FamilyPrompt:
+        """One row by itself, without its padding."""
+        return FamilyPrompt(self.family, (self.rows[index],))
+
+    def dropped(self, kept: Sequence[Sequence[int]], site: Site = Site.POST_ENCODER) -> Tensor:
+        """``[B, L]`` True at dropped tokens. ``kept`` lists per image (after the encoder) or per sample with
+        images (in the decoder) the tokens that stay."""
+        mask = torch.zeros_like(self.real)
+        items = iter(kept)
+        for row, images in enumerate(self.places()):
+            merged = [sum(images, [])] if images else []
+            for tokens in images if site == Site.POST_ENCODER else merged:
+                mask[row, tokens] = True
+                mask[row, [tokens[i] for i in next(items)]] = False
+        return mask
+
+    def widths(self, site: Site = Site.POST_ENCODER) -> list[int]:
+        """Number of tokens of each item of ``dropped``."""
+        per_row = [[len(tokens) for tokens in images] for images in self.places()]
+        return sum(per_row, []) if site == Site.POST_ENCODER else [sum(row) for row in per_row if row]
+
+    def _padded(self, values: list[list[int]], fill: int = 0) -> Tensor:
+        return torch.tensor([[fill] * (self.length - len(row)) + row for row in values])
+
+
+def make_family_prompt(
+    family: str,
+    images: tuple[int, ...] = (1,),
+    padded: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+    video: bool = False,
+    sizes: tuple[Size, ...] | None = None,
+) -> FamilyPrompt:
+    """Row ``b`` holds ``images[b]`` images, each followed by 3 text tokens.
+
+    Args:
+        family: one of ``STYLES``.
+        images: images per row.
+        padded: rows also differ in the text before the first image.
+        dtype: dtype of the pixels.
+        seed: seed of text and pixels.
+        video: the last image of each row that has one is a video instead.
+        sizes: height and width in pixels of the images of all rows, repeated if there are fewer; None means sizes
+            that differ from image to image, where the family's processor keeps them.
+    """
+    style = STYLES[family]
+    draw = Draw(torch.Generator().manual_seed(seed), dtype)
+    sides = list(islice(cycle(sizes or style.sizes), sum(images)))
+    rows = []
+    for index, count in enumerate(images):
+        given, sides = sides[:count], sides[count:]
+        parts = [style.image(draw, size, count == 1) for size in given[: count - video]]
+        if video and count:
+            assert style.video is not None, f"{family} takes no video"
+            parts.append(style.video(draw, given[-1]))
+        rows.append(_row(style.images_first, parts, 2 * index * padded, draw.generator))
+    return FamilyPrompt(family, tuple(rows))
+
+
+def _row(images_first: bool, parts: list[Part], more: int, generator: torch.Generator) -> Row:
+    def text(count: int) -> list[int]:
+        return torch.randint(t.FIRST_TEXT, t.LAST_TEXT + 1, (count,), generator=generator).tolist()
+
+    opening = [t.BOS_ID, *text(2 + more)]
+    ids = [] if images_first else opening
+    kinds, starts = [TEXT] * len(ids), []
+    for part in parts:
+        starts.append(len(ids))
+        after = [] if images_first else text(3)
+        ids, kinds = ids + part.ids + after, kinds + part.kinds + [TEXT] * len(after)
+    closing = [*(opening if images_first else []), *([] if parts and not images_first else text(4))]
+    return Row(ids + closing, kinds + [TEXT] * len(closing), parts, starts)
+
+
+def positions(model: nn.Module, prompt: FamilyPrompt) -> Tensor:
+    """Position ids as ``generate`` numbers the prompt: ``[B, L]``, for Qwen ``[4, B, L]`` (text, time, height, width;
+    without the first row for Qwen3-VL before transformers 5)."""
+    plain = (prompt.real.long().cumsum(1) - 1).clamp_min(0)
+    if prompt.family == "paligemma":
+        return plain + 1
+    if not prompt.family.startswith("qwen"):
+        return plain
+    inputs = prompt.inputs
+    names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids", "attention_mask")
+    given = {name: inputs[name] for name in names if name in inputs}
+    if MAJOR >= 5 and not sum(prompt.images):
+        return plain.expand(4, -1, -1)
+    vision, _ = model.model.get_rope_index(prompt.ids, **given)
+    return vision if MAJOR < 5 and prompt.family == "qwen3_vl" else torch.cat([plain[None], vision])
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, prompt: FamilyPrompt, **arguments: Any) -> Any:
+    """One forward over the prompt, with positions as ``generate`` gives them."""
+    return model(**prompt.inputs, position_ids=positions(model, prompt), **arguments)
+
+
+@torch.no_grad()
+def decode(model: nn.Module, prompt: FamilyPrompt, cache: Any, forced: Tensor, turn: bool = False) -> Tensor:
+    """Logits ``[B, S, V]`` of forced tokens ``[B, S]`` after the prompt: one at a time, or as one ``turn``."""
+    chunks = [forced] if turn else list(forced.split(1, dim=1))
+    real, start, logits = prompt.real.long(), positions(model, prompt)[..., -1:], []
+    for chunk in chunks:
+        real = torch.cat([real, torch.ones_like(chunk)], 1)
+        steps = torch.arange(1, chunk.shape[1] + 1)
+        out = model(
+            input_ids=chunk,
+            attention_mask=real,
+            position_ids=start + steps,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        start = start + chunk.shape[1]
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+__all__ = ["IMAGE", "TEXT", "VIDEO", "FamilyPrompt", "decode", "make_family_prompt", "positions", "prefill"]
