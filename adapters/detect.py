@@ -55,7 +55,7 @@ def find_family(model: nn.Module, spans: Sequence[Sequence[tuple[int, int]]] | N
             return family(inner)
     served = ", ".join(family.classes[0] for family in FAMILIES)
     raise UnsupportedError(
-        f"{type(inner).__name__} is not a model that vlmprune can prune; supported: {served}, "
+        f"{type(inner).__name__} is not a model that vlmprune can prune; supported families: {served}, "
         "or a bare Llama, Qwen2 or Mistral decoder with spans."
     )
 

@@ -37,7 +37,7 @@ class Encoding:
         run: the tower's run, once it started.
         values: per signal ``[V, P, ...]``.
         digests: per view, where a policy draws.
-        features: what the encoder returned: the tokens of the LLM.
+        features: the tokens of the LLM that the encoder returned, a tensor or nested lists of them.
     """
 
     kind: Kind
@@ -55,7 +55,7 @@ class Encoding:
 
     def tokens(self) -> Tensor:
         """All tokens that were made, ``[N, D]``, image by image."""
-        found = getattr(self.features, "pooler_output", self.features)
+        found = self.features
         while isinstance(found, (list, tuple)) and isinstance(found[0], (list, tuple)):
             found = found[0]
         parts = [found] if isinstance(found, Tensor) else found
@@ -165,15 +165,19 @@ class EncodingRecorder:
     def _encode(self, kind: Kind, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for a model's encoder: calls it and notes what it was given and returned."""
         if not self.enabled or self._current is not None:
+            if self._current is not None and self._current.thread != threading.get_ident():
+                self._current.thread = threading.get_ident()  # another thread disturbs it: it is nobody's now
             return original(*args, **kwargs)
         arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
         arguments = {**arguments, **arguments.pop("kwargs", {})}
         given = {n: v for n, v in arguments.items() if v is not None and n not in PIXELS.values()}
         self._current = Encoding(kind, given)
         try:
-            self._current.features = features = original(*args, **kwargs)
+            output = original(*args, **kwargs)
+            # Not the output itself: generate replaces its fields when it repeats rows.
+            self._current.features = getattr(output, "pooler_output", output)
             self._last[kind] = self._current
-            return features
+            return output
         finally:
             self._current = None
             self._calls.clear()

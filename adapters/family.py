@@ -22,6 +22,9 @@ class Family(ABC):
     deepstack_levels: int = 0
     """Decoder layers after which the text model adds further visual features."""
 
+    prepares_masks: bool = False
+    """True if the model itself builds 4-D masks before it calls the text model."""
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 

@@ -87,7 +87,10 @@ class TextForward:
         queries, past = new.shape[1], cache.get_seq_length()
         total = past + queries
         caches.check_window(guards.sliding_window(self._family), total)
-        mask = checked_mask(kwargs.get("attention_mask"), total)
+        mask = kwargs.get("attention_mask")
+        if self._family.prepares_masks:
+            mask = masks.visible_keys(mask)
+        mask = checked_mask(mask, total)
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, total, device=new.device).expand(new.shape[0], -1)
@@ -96,8 +99,7 @@ class TextForward:
         changed = {**kwargs, "position_ids": positions}
         if base.shift is not None:
             changed["position_ids"] = positions - base.shift[:, None]
-        prepared = isinstance(kwargs.get("attention_mask"), dict)  # masks per layer type, over the unpruned sequence
-        if mask is not None or not base.full or prepared:
+        if kwargs.get("attention_mask") is not None or not base.full:
             changed["attention_mask"] = call.valid(base).long()
         if kwargs.get("cache_position") is not None:
             changed["cache_position"] = kwargs["cache_position"] - cache.prompt.dropped(0)
@@ -205,18 +207,11 @@ def new_prefill(layout: PromptLayout, kwargs: dict[str, Any], embeds: Tensor, re
 
 
 def checked_mask(mask: Any, total: int) -> Tensor | None:
-    """A 2-D mask over the unpruned sequence of ``total`` tokens, or None; of a 4-D one what the last token sees."""
-    if isinstance(mask, dict):
-        mask = mask["full_attention"]
+    """A 2-D mask over the unpruned sequence of ``total`` tokens, or None."""
     if mask is None:
         return None
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        mask = masks.visible_keys(mask)
     if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise UnsupportedError(
-            f"On a pruned cache attention masks are 2-D or 4-D tensors, not {type(mask).__name__}; pass a 2-D mask or "
-            "none."
-        )
+        raise UnsupportedError("On a pruned cache only 2-D attention masks are supported; pass a 2-D mask or none.")
     if mask.shape[1] != total:
         raise UnsupportedError(
             f"attention_mask has {mask.shape[1]} columns, but the unpruned sequence has {total} tokens; give one "

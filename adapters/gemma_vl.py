@@ -23,6 +23,7 @@ class GemmaVisionFamily(VisionFamily):
     """What PaliGemma and Gemma 3 share."""
 
     name: str
+    prepares_masks = True
     tower_signals: frozenset[type[Signal]] = TOWER_SIGNALS
 
     @property

@@ -193,6 +193,7 @@ def _place(kind: Kind, mask: np.ndarray, shapes: Sequence[ImageShape]) -> list[P
     total, expected = int(mask.sum()), sum(shape.length for shape in shapes)
     if not total and not expected:
         return []
+    _check_whole(kind, mask, shapes)
     if not total or not expected or total % expected or len(mask) % (total // expected):
         raise InputError(
             f"The prompt has {total} {kind} placeholder tokens, but its {len(shapes)} {kind}s make {expected}; build "
@@ -217,6 +218,20 @@ def _place(kind: Kind, mask: np.ndarray, shapes: Sequence[ImageShape]) -> list[P
         if row % repeats == repeats - 1:
             start = (source, first)
     return images
+
+
+def _check_whole(kind: Kind, mask: np.ndarray, shapes: Sequence[ImageShape]) -> None:
+    """Refuse a row whose placeholders are no whole number of images, where all have one length."""
+    sizes = {shape.length for shape in shapes}
+    if len(sizes) != 1:
+        return
+    [size] = sizes
+    for row, count in enumerate(mask.sum(1).tolist()):
+        if count % size:
+            raise InputError(
+                f"Row {row} has {count} {kind} placeholder tokens, which is no multiple of the {size} tokens of a "
+                f"{kind}; build the prompt with the model's processor, and leave out prefill_chunk_size."
+            )
 
 
 def row_ids(images: Sequence[PromptImage], width: int) -> tuple[np.ndarray, np.ndarray]:

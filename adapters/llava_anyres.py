@@ -139,7 +139,7 @@ class LlavaOnevisionFamily(AnyResolutionFamily):
         if pixels is not None:
             count, frames = pixels.shape[:2]
         elif "video" in encoded:
-            count = len(encoded["video"].features.pooler_output)
+            count = len(encoded["video"].features)
             frames = encoded["video"].n_views // count
         else:
             return [ImageShape(int(mask.sum()))] if mask.any() else []

@@ -50,8 +50,15 @@ def gather_masks(mask: Any, index: Tensor, valid: Tensor, full: bool, form: Mask
     }
 
 
-def visible_keys(mask: Tensor) -> Tensor:
-    """``[B, n]`` bool: keys that the last query of a 4-D mask sees in any head."""
+def visible_keys(mask: Any) -> Any:
+    """Keys that the last query of a prepared mask sees, ``[B, n]`` bool.
+
+    A dict of masks stands for its full attention; 2-D masks and None are returned as they are.
+    """
+    if isinstance(mask, dict):
+        mask = mask["full_attention"]
+    if mask is None or mask.ndim != 4:
+        return mask
     last = mask[:, :, -1]
     seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
     return seen.any(1)
