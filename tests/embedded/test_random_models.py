@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 from family_prompts import FamilyPrompt, decode, make_family_prompt, prefill
-from prompt_parts import STYLES
-from torch import Tensor, nn
+from prompt_styles import STYLES
+from torch import nn
 
+from vlmprune.core.sites import Site
 from vlmprune.embedded.random_models import FAMILIES, random_vlm
 
 MIXED = (2, 1, 0)
+ROWS = Site.DECODER_LAYER
 VIDEO_FAMILIES = [family for family, style in STYLES.items() if style.video is not None]
 
 
@@ -30,17 +34,19 @@ def generated(model: nn.Module, prompt: FamilyPrompt, **mode: Any) -> Any:
         )
 
 
-def image_features(model: nn.Module, prompt: FamilyPrompt) -> list[Tensor]:
-    """Features of each image, of videos last."""
-    found: list[Tensor] = []
+def feature_counts(model: nn.Module, prompt: FamilyPrompt) -> list[int]:
+    """Lengths of the features that the model makes: per image, per view, or per row, as the family has it."""
+    found: list[int] = []
     vision = prompt.vision
     for name, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if pixels in vision:
-            given = {key: value for key, value in vision.items() if key == pixels or key == f"{name}_grid_thw"}
+            features = getattr(model.model, f"get_{name}_features")
+            taken = inspect.signature(features).parameters
+            given = {key: value for key, value in vision.items() if key != pixels and key in taken}
             with torch.no_grad():
-                out = getattr(model.model, f"get_{name}_features")(**given)
+                out = features(vision[pixels], **given)
             out = getattr(out, "pooler_output", out)
-            found += list(out[0] if isinstance(out[0], (tuple, list)) else out)
+            found += [len(one) for one in (out[0] if isinstance(out[0], (tuple, list)) else out)]
     return found
 
 
@@ -91,8 +97,14 @@ def test_eager_attention_gives_the_same(family: str) -> None:
 def test_every_placeholder_is_filled_with_a_feature(family: str) -> None:
     model = random_vlm(family)
     prompt = make_family_prompt(family, MIXED)
-    counts = [len(tokens) for row in prompt.places() for tokens in row]
-    assert [len(features) for features in image_features(model, prompt)] == counts
+    ends, images, rows = (
+        set(accumulate(count)) for count in (feature_counts(model, prompt), prompt.widths(), prompt.widths(ROWS))
+    )
+    assert max(ends) == max(images)
+    assert ends >= (images if len(ends) >= len(images) else rows)
+    views = [r * c for row in prompt.rows for part in row.parts for r, c in part.grids]
+    newlines = sum(len(part.newlines) for row in prompt.rows for part in row.parts)
+    assert sum(views) + newlines == max(images)
     found = prompt.kinds.bool()
     for row, images in enumerate(prompt.places()):
         assert found[row].nonzero()[:, 0].tolist() == sorted(sum(images, []))

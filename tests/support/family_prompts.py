@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import transformers
-from prompt_parts import IMAGE, STYLES, TEXT, VIDEO, Draw, Part, Size
+from prompt_parts import TEXT, Draw, Part, Size
+from prompt_styles import STYLES
 from torch import Tensor, nn
 
 from vlmprune.core.sites import Site
@@ -72,8 +73,10 @@ class FamilyPrompt:
         name = STYLES[self.family].type_ids
         if name == "mm_token_type_ids" and MAJOR >= 5:
             given[name] = self.kinds
-        elif name == "token_type_ids":
-            given[name] = self.kinds if self.family == "gemma3" else torch.zeros_like(self.kinds)
+        elif name == "token_type_ids" and self.family == "gemma3":
+            given[name] = self.kinds
+        elif name == "token_type_ids" and MAJOR >= 5:
+            given[name] = torch.zeros_like(self.kinds)
         return given
 
     def places(self) -> list[list[list[int]]]:
@@ -138,7 +141,8 @@ def make_family_prompt(
     rows = []
     for index, count in enumerate(images):
         given, sides = sides[:count], sides[count:]
-        parts = [style.image(draw, size, count == 1) for size in given[: count - video]]
+        still = max(0, count - video)
+        parts = [style.image(draw, size, still == 1) for size in given[:still]]
         if video and count:
             assert style.video is not None, f"{family} takes no video"
             parts.append(style.video(draw, given[-1]))
@@ -202,6 +206,3 @@ def decode(model: nn.Module, prompt: FamilyPrompt, cache: Any, forced: Tensor, t
         start = start + chunk.shape[1]
         logits.append(out.logits)
     return torch.cat(logits, 1)
-
-
-__all__ = ["IMAGE", "TEXT", "VIDEO", "FamilyPrompt", "decode", "make_family_prompt", "positions", "prefill"]

@@ -12,16 +12,24 @@ import torch
 from torch import nn
 
 from vlmprune.core.errors import InputError
-from vlmprune.embedded.random_models import qwen, tokens
+from vlmprune.embedded.random_models import gemma, llava, qwen, tiled, tokens
 from vlmprune.embedded.random_models.sizes import Sizes
 from vlmprune.embedded.random_models.weights import randomise
 
 __all__ = ["FAMILIES", "Sizes", "random_vlm"]
 
 FAMILIES = {
-    "qwen2_5_vl": qwen.qwen2_5_vl,
+    "llava": llava.llava,
+    "llava_next": llava.llava_next,
+    "llava_onevision": llava.llava_onevision,
     "qwen2_vl": qwen.qwen2_vl,
+    "qwen2_5_vl": qwen.qwen2_5_vl,
     "qwen3_vl": qwen.qwen3_vl,
+    "internvl": tiled.internvl,
+    "idefics3": tiled.idefics3,
+    "smolvlm": tiled.smolvlm,
+    "paligemma": gemma.paligemma,
+    "gemma3": gemma.gemma3,
 }
 """Name of each family -> its builder."""
 
@@ -42,7 +50,7 @@ def random_vlm(
         family: one of `FAMILIES`.
         dtype: dtype of the weights.
         attn_implementation: passed to transformers for tower and decoder.
-        kv_heads: key/value heads of the decoder; None means 2 (1 for PaliGemma).
+        kv_heads: key/value heads of the decoder; None means 2.
         seed: seed of the weights; the caller's global generator is left as it was.
         init_std: standard deviation of the random matrices; large enough that attention is far from uniform.
         sizes: further fields of `Sizes` (`hidden` 32, `heads` 4, `vision_depth` 4, `text_layers` 4).
@@ -59,7 +67,7 @@ def random_vlm(
         sizes["kv_heads"] = kv_heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FAMILIES[family](Sizes(**sizes))
+        model = FAMILIES[family](Sizes(dtype=dtype, **sizes))
         randomise(model, init_std)
     model.set_attn_implementation(attn_implementation)
     generation = model.generation_config

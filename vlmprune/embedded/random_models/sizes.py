@@ -5,18 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from vlmprune.embedded.random_models.tokens import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a random-weight model; tower and decoder have the same width and number of heads."""
+    """Sizes of a random-weight model; tower and decoder have the same width and number of heads.
+
+    The dtype stands in the text config, where `from_pretrained` writes it: PaliGemma of transformers 4.57 makes its
+    masks in that dtype.
+    """
 
     hidden: int = 32
     heads: int = 4
     kv_heads: int = 2
     vision_depth: int = 4
     text_layers: int = 4
+    dtype: torch.dtype = torch.float32
 
     @property
     def head_dim(self) -> int:
@@ -37,6 +44,7 @@ class Sizes:
             "pad_token_id": PAD_ID,
             "bos_token_id": BOS_ID,
             "eos_token_id": EOS_ID,
+            "dtype": self.dtype,
         }
 
     @property

@@ -19,7 +19,7 @@ def randomise(model: nn.Module, std: float) -> None:
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in drawn:
                     drawn.add(id(parameter))
-                    noise = torch.randn_like(parameter)
+                    noise = torch.randn(parameter.shape)  # float32, so that all dtypes get the same
                     parameter.copy_(_mean(module, name) + _scale(module, name, parameter, std) * noise)
 
 
