@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import defaultdict
 from functools import partial
@@ -133,6 +134,8 @@ class Engine:
         if not self.enabled:
             return
         self._enter()
+        if args:  # some models hand over their first argument by place
+            kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         try:
             self._in_base = True
             assert self.encoder is not None

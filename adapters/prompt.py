@@ -125,7 +125,7 @@ def packed_tokens(call: Prefill, keep: Tensor) -> LayerTokens:
     if not full:
         first = torch.where(valid, index, keep.shape[1]).amin(1, keepdim=True)
         index = torch.where(valid, index, first)
-    return LayerTokens(index, valid, full, call.shift())
+    return LayerTokens(index, valid, full, call.shift() if call.renumbered else None)
 
 
 def shorten(
