@@ -31,6 +31,7 @@ class Prefill:
         relative: ``[B, n]`` place of the current tokens in layer 0's sequence, None while they are the same.
         removed: ``[B, L]`` bool, dropped at a site with compact positions.
         visual: visual tokens left per row, known on the host.
+        lengths: tokens per row that each decoder layer works on.
         fields: carried per-token values ``[B, L, ...]``.
         signals: text signals recorded so far, each with the tokens that it is over.
         stage: keyword arguments prepared for the current tokens, per type of layer.
@@ -48,6 +49,7 @@ class Prefill:
     tokens: LayerTokens
     removed: Tensor
     visual: list[int]
+    lengths: list[int] = field(default_factory=list)
     cache: PrunedDynamicCache | None = None
     relative: Tensor | None = None
     fields: dict[str, Tensor] = field(default_factory=dict)

@@ -75,6 +75,7 @@ class TextForward:
             reduced = prompt.reduce_images(steps, call, embeds, self._info, source)
             if reduced is not None:
                 kwargs = prompt.shorten(kwargs, call, *reduced, self._mask_form)
+        call.lengths = [call.tokens.length] * (self._info.text_depth or 0)
         return self._with_cache(call, kwargs)
 
     def begin_decode(self, cache: caches.PrunedDynamicCache, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +117,7 @@ class TextForward:
         for step in self._steps:
             if step.request.site == Site.DECODER_LAYER and step.request.layer == index:
                 hidden = decoder.cut(step, call, hidden, self._info, self._family.text_model.norm, self._seeds)
+        call.lengths[index] = call.tokens.length
         if call.cache is not None:
             call.cache.prompt.layers[index] = call.tokens
         if call.relative is not None:
@@ -132,6 +134,7 @@ class TextForward:
                 if step.request.site == Site.KV_CACHE:
                     decoder.evict(step, call, self._info, self._seeds)
         finish.measure_cache(call, output)
+        finish.measure_flops(call, self._info)
         self._warned = finish.warn_if_inactive(call, self._steps, self._warned)
         if not self._restore_length or call.tokens.length == call.layout.length:
             return output
