@@ -54,6 +54,8 @@ def build_context(
         recorded, value = call.signals[signal]
         if isinstance(signal, s.AttentionRows):
             return _columns(value[rows], recorded.rows(rows), original, valid)
+        if isinstance(signal, s.ColumnMass):
+            return _columns(value[rows, None], recorded.rows(rows), original, valid)[:, 0]
         return value[rows]
 
     carried = call.carry_in(rows, original)
@@ -69,6 +71,7 @@ def build_context(
         signals=site_signals(step, features if features is not None else valid, give, _unchanged),
         image_id=torch.where(valid, call.image_id[rows].gather(1, original), -1),
         position=torch.where(valid, position, -1),
+        image_lengths=call.image_lengths(row_list),
         sample=tuple(row_list),
         carry=carried,
         sizes=carried.get("sizes"),

@@ -8,7 +8,7 @@ from vlmprune.core.sites import Site, SiteRequest
 
 FROM_TOWER = (s.ColumnMass, s.ClsRow, s.ClsLogits, s.Keys, s.QK, s.Hidden, s.PreProjector)
 FROM_PROMPT = (s.Projected, s.Projector, s.TextEmbeddings)
-FROM_ATTENTION = (s.GroupMass, s.AttentionRows)
+FROM_ATTENTION = (s.GroupMass, s.AttentionRows, s.ColumnMass)
 
 
 def why_missing(signal: s.Signal, request: SiteRequest, info: ModelInfo) -> str | None:

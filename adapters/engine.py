@@ -11,6 +11,7 @@ from torch import nn
 
 from vlmprune.adapters import guards, tap
 from vlmprune.adapters.cache import PrunedDynamicCache
+from vlmprune.adapters.delivery import FROM_ATTENTION
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.forward import TextForward
 from vlmprune.adapters.hooks import HookStack
@@ -93,7 +94,7 @@ class Engine:
         wanted: dict[int, set[s.Signal]] = defaultdict(set)
         for step in self.steps:
             for signal in step.request.signals:
-                if isinstance(signal, (s.GroupMass, s.AttentionRows)):
+                if isinstance(signal, FROM_ATTENTION) and signal.stack_name == "text":
                     wanted[signal.layer].add(signal)
         for layer, signals in wanted.items():
             recorder = LayerRecorder(tuple(signals), self.forward.prefill)

@@ -67,6 +67,7 @@ def reduce_images(
         place, valid, lengths = new_place, new_valid, selection.out_counts()
         views = ((),) * len(lengths)
         history.append(selection)
+    call.entered = lengths
     if lengths == layout.lengths and all(selection.is_pruning for selection in history):
         return None
     call.visual = [0] * layout.rows

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlmprune.adapters.call import Prefill
 from vlmprune.core import signals as s
-from vlmprune.kernels.column_mass import attention_rows, group_mass
+from vlmprune.kernels.column_mass import attention_rows, column_mass, group_mass
 
 TEXT_ROWS, VISUAL_ROWS = 0, 1
 SYSTEM_COLUMNS, TEXT_COLUMNS, VISUAL_COLUMNS = 0, 1, 2
@@ -36,13 +36,16 @@ class LayerRecorder:
 def text_signal(signal: s.Signal, call: Prefill, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Any:
     """One signal over the current tokens.
 
-    ``GroupMass`` is ``[B, 2, 3]``; ``AttentionRows`` is ``[B, R, n]`` over all current tokens, from which the caller
-    takes the visual ones.
+    ``GroupMass`` is ``[B, 2, 3]``; ``AttentionRows`` is ``[B, R, n]`` and ``ColumnMass`` ``[B, n]`` over all current
+    tokens, from which the caller takes the visual ones. Padding counts as no query row.
     """
     masking = masking_of(call, mask)
     if isinstance(signal, s.GroupMass):
         rows, columns = groups(call)
         return group_mass(query, key, rows, columns, n_query_groups=2, n_key_groups=3, scale=scale, **masking)
+    if isinstance(signal, s.ColumnMass):
+        weight = call.tokens.valid.to(query.dtype)
+        return column_mass(query, key, row_weight=weight, reduce=signal.reduce, scale=scale, **masking)
     assert isinstance(signal, s.AttentionRows)
     return attention_rows(query, key, row_places(signal, call), scale=scale, **masking).mean(1)
 

@@ -25,6 +25,8 @@ WANTED = (
     s.AttentionRows("text", 2, "last"),
     s.AttentionRows("text", 2, "text_after"),
     s.AttentionRows("text", 1, "last"),
+    s.ColumnMass("text", 2, "mean"),
+    s.ColumnMass("text", 1, "sum"),
     s.FinalNorm(),
     s.Hidden("text", CUT, "in"),
 )
@@ -76,6 +78,10 @@ class EagerDecoder:
             chosen = (left & after & ~self.visual(row)).nonzero()[:, 0]
         return self.attention(layer, row)[chosen]
 
+    def column_mass(self, layer: int, row: int) -> Tensor:
+        """``[L]`` attention received from all real tokens."""
+        return self.attention(layer, row)[self.left(layer, row)].sum(0)
+
 
 def record(model: nn.Module, prompt: LlavaPrompt, signals: tuple[s.Signal, ...], *before: FixedKeep) -> Context:
     policy = Recording(wanted=signals, site=Site.DECODER_LAYER, layer=CUT)
@@ -108,6 +114,9 @@ def check(context: Context, eager: EagerDecoder, model: nn.Module) -> None:
             assert close(got[len(got) - len(expected) :, :n], expected), (layer, which)
             assert not got[: len(got) - len(expected)].any()
             assert not got[:, n:].any()
+        mass = eager.column_mass(2, row)[stay] / eager.left(2, row).sum()
+        assert close(context.signal(s.ColumnMass("text", 2, "mean"))[item, :n], mass)
+        assert close(context.signal(s.ColumnMass("text", 1, "sum"))[item, :n], eager.column_mass(1, row)[stay])
     norm = context.signal(s.FinalNorm())
     assert norm is model.model.language_model.norm
 
@@ -179,6 +188,7 @@ def test_shares_of_a_causal_decoder() -> None:
         s.GroupMass(CUT),
         s.AttentionRows("text", CUT, "last"),
         s.AttentionRows("text", 9, "last"),
+        s.ColumnMass("text", CUT),
         s.Hidden("text", 1, "in"),
         s.Hidden("text", CUT, "out"),
         s.ColumnMass("vision", 1),

@@ -30,7 +30,8 @@ class Signal:
 
 @dataclass(frozen=True)
 class ColumnMass(Signal):
-    """Attention received by each visual token: over all query rows (a CLS row included), ``[I, N]``."""
+    """Attention received by each visual token, ``[I, N]``: over all query rows, in the tower (a CLS row
+    included) or in a decoder layer (text rows included, padding not)."""
 
     stack: Stack
     layer: int
