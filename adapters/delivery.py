@@ -35,7 +35,9 @@ def _in_decoder(signal: s.Signal, request: SiteRequest) -> bool:
         return cut
     if isinstance(signal, s.Hidden):  # the tokens as they enter the layer
         return cut and signal.stack_name == "text" and signal.when == "in" and signal.layer == request.layer
-    if isinstance(signal, FROM_ATTENTION) and signal.stack_name == "text":
+    if isinstance(signal, s.ProbeAttention):  # of the layer before which the tokens are cut
+        return cut and signal.layer == request.layer
+    if isinstance(signal, (*FROM_ATTENTION, s.ModuleTransition)) and signal.stack_name == "text":
         return not cut or signal.layer < (request.layer or 0)
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from vlmprune.adapters import decoder, finish, guards, masks, prompt
 from vlmprune.adapters.call import Decode, Prefill
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.layout import PromptLayout
+from vlmprune.adapters.probe import LayerProbe
 from vlmprune.adapters.sites import Step
 from vlmprune.adapters.source import SignalSource
 from vlmprune.adapters.vision import TowerRecorder
@@ -20,6 +22,7 @@ from vlmprune.core.errors import UnsupportedError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.core.report import ImageRecord, Report
+from vlmprune.core.signals import ProbeAttention
 from vlmprune.core.sites import Site
 
 
@@ -29,6 +32,9 @@ class TextForward:
     Args:
         family, info: the model. policy, steps: what to do. tower: where image signals come from.
         restore_length: give the output the prompt's full length again.
+
+    Attributes:
+        probes: of the layers whose attention a step asks for before they run.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class TextForward:
         self.call: Prefill | Decode | None = None
         self.report: Report | None = None
         self.sample_ids: list[str] | None = None
+        self.probes: Mapping[int, LayerProbe] = {}
 
     def prefill(self) -> Prefill | None:
         """The current call if it is a prefill."""
@@ -106,6 +113,7 @@ class TextForward:
         assert isinstance(call, Prefill)
         for step in self._steps:
             if step.request.site == Site.DECODER_LAYER and step.request.layer == index:
+                self._probe(step, call, hidden, kwargs)
                 hidden = decoder.cut(step, call, hidden, self._info, self._family.text_model.norm, self._seeds)
         if call.cache is not None:
             call.cache.prompt.layers[index] = call.tokens
@@ -127,6 +135,14 @@ class TextForward:
         if not self._restore_length or call.tokens.length == call.layout.length:
             return output
         return finish.restore_output(output, call)
+
+    def _probe(self, step: Step, call: Prefill, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Read the attention of the coming layer over the tokens that a step will cut, if it asks for it."""
+        if not any(isinstance(signal, ProbeAttention) for signal in step.request.signals) or not any(call.visual):
+            return
+        if call.relative is not None:
+            kwargs = decoder.prefill_kwargs(call, kwargs, hidden, self._rotary, self._mask_form)
+        self.probes[step.request.layer or 0].run(hidden, kwargs)
 
     def close(self) -> None:
         """Forget the call; also after an error."""

@@ -15,7 +15,17 @@ from vlmprune.core.info import ModelInfo
 from vlmprune.core.sites import Site
 
 TEXT_SIGNALS = frozenset(
-    {s.Projected, s.TextEmbeddings, s.AttentionRows, s.ColumnMass, s.GroupMass, s.FinalNorm, s.Hidden}
+    {
+        s.Projected,
+        s.TextEmbeddings,
+        s.AttentionRows,
+        s.ColumnMass,
+        s.GroupMass,
+        s.FinalNorm,
+        s.Hidden,
+        s.ModuleTransition,
+        s.ProbeAttention,
+    }
 )
 DECODERS = ("Llama", "Qwen2", "Mistral")
 

@@ -137,7 +137,11 @@ class AttentionRows(Signal):
 
 @dataclass(frozen=True)
 class ProbeAttention(Signal):
-    """Rows of the *coming* layer's attention, from its norm, projections and rotary tables, ``[I, R, N]``."""
+    """Rows of the attention over the visual tokens, ``[I, R, N]``, in the *coming* layer: the one before which the
+    tokens are cut, by its own norm, projections, rotary tables and mask, on the tokens as they are before the cut.
+
+    ``rows`` as in :class:`AttentionRows`.
+    """
 
     per_token: ClassVar[bool] = False
     layer: int
@@ -158,7 +162,12 @@ class GroupMass(Signal):
 
 @dataclass(frozen=True)
 class ModuleTransition(Signal):
-    """Norm ratio and cosine between a module's input and output, a pair of ``[I, N]``."""
+    """Norm ratio and cosine between a module's input and output, a
+    :class:`~vlmprune.core.transition.Transition`.
+
+    The input is what the module is given, behind its norm; the output is what is added to the residual stream
+    (behind a second norm, where the layer has one).
+    """
 
     per_token: ClassVar[bool] = False
     layer: int
