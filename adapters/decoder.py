@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlmprune.adapters import masks
 from vlmprune.adapters.cache import LayerTokens
 from vlmprune.adapters.call import Decode, Prefill
+from vlmprune.adapters.family import Family
 from vlmprune.adapters.prompt import packed_tokens, scatter_true, write_tokens
 from vlmprune.adapters.sites import Step, run_step, site_signals
 from vlmprune.core import signals as s
@@ -18,6 +19,7 @@ from vlmprune.core.context import Context
 from vlmprune.core.errors import SignalError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.selection import Selection
+from vlmprune.core.transition import Transition
 from vlmprune.kernels.gather import gather_tokens, pack_indices
 
 Seeds = Callable[[Any, list[int]], tuple[int, ...] | None]
@@ -52,8 +54,13 @@ def build_context(
         if signal not in call.signals:
             raise SignalError(f"{signal} was not recorded before layer {step.request.layer}.")
         recorded, value = call.signals[signal]
-        if isinstance(signal, s.AttentionRows):
+        if isinstance(signal, (s.AttentionRows, s.ProbeAttention)):
             return _columns(value[rows], recorded.rows(rows), original, valid)
+        if isinstance(signal, s.ModuleTransition):
+            there = recorded.rows(rows)
+            return Transition(*(part[rows] for part in value), there.valid, places_of(original, there))
+        if isinstance(signal, s.ColumnMass):
+            return _columns(value[rows, None], recorded.rows(rows), original, valid)[:, 0]
         return value[rows]
 
     carried = call.carry_in(rows, original)
@@ -69,6 +76,7 @@ def build_context(
         signals=site_signals(step, features if features is not None else valid, give, _unchanged),
         image_id=torch.where(valid, call.image_id[rows].gather(1, original), -1),
         position=torch.where(valid, position, -1),
+        image_lengths=call.image_lengths(row_list),
         sample=tuple(row_list),
         carry=carried,
         sizes=carried.get("sizes"),
@@ -141,27 +149,34 @@ def places_of(original: Tensor, tokens: LayerTokens) -> Tensor:
 
 
 def prefill_kwargs(
-    call: Prefill, kwargs: dict[str, Any], hidden: Tensor, rotary: Callable[..., Any], form: str
+    call: Prefill, layer: int, kwargs: dict[str, Any], hidden: Tensor, family: Family, form: masks.MaskForm
 ) -> dict[str, Any]:
-    """Keyword arguments of a layer after a cut; prepared once per run of layers with equal tokens."""
-    if not call.stage:
+    """Keyword arguments of a layer after a cut; prepared once per run of layers of one type with equal tokens."""
+    kind = family.layer_type(layer)
+    if kind not in call.stage:
         tokens, relative = call.tokens, call.relative
         assert relative is not None
         mask = kwargs.get("attention_mask")
         if mask is None and not tokens.full:
-            mask = masks.causal(tokens.valid, tokens.length, form, hidden.dtype)  # type: ignore[arg-type]
+            mask = masks.causal(tokens.valid, tokens.length, form, hidden.dtype)
         else:
             mask = masks.gather_square(mask, relative, tokens.valid, tokens.full)
         positions = call.numbered(tokens)
-        call.stage = {"attention_mask": mask, "position_ids": positions}
+        stage = {"attention_mask": mask}
+        given = kwargs.get("position_ids")
+        if given is not None:
+            stage["position_ids"] = positions if given.ndim == positions.ndim else positions[0]
         for name, value in kwargs.items():
             if name.startswith("position_embeddings") and value is not None:
-                call.stage[name] = (
-                    rotary(hidden, positions) if call.renumbered else tuple(_rows(part, relative) for part in value)
+                stage[name] = (
+                    family.rotary(name, hidden, positions, layer)
+                    if call.renumbered
+                    else tuple(_rows(part, relative) for part in value)
                 )
         if kwargs.get("cache_position") is not None:
-            call.stage["cache_position"] = torch.arange(tokens.length, device=hidden.device)
-    return {**kwargs, **call.stage}
+            stage["cache_position"] = torch.arange(tokens.length, device=hidden.device)
+        call.stage[kind] = stage
+    return {**kwargs, **call.stage[kind]}
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
@@ -171,13 +186,14 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
 
 
 def decode_kwargs(
-    call: Decode, layer: int, kwargs: dict[str, Any], hidden: Tensor, rotary: Callable[..., Any], form: str
+    call: Decode, layer: int, kwargs: dict[str, Any], hidden: Tensor, family: Family, form: masks.MaskForm
 ) -> dict[str, Any]:
     """Keyword arguments of a layer whose stored prompt differs from layer 0's."""
     base, tokens = call.cache.prompt.layers[0], call.cache.prompt.layers[layer]
     if tokens is base:
         return kwargs
-    prepared = call.prepared.get(id(tokens))
+    key = (id(tokens), family.layer_type(layer))
+    prepared = call.prepared.get(key)
     if prepared is None:
         prepared = {"attention_mask": _decode_mask(call, tokens, kwargs.get("attention_mask"), hidden, form)}
         if tokens.shift is not None:
@@ -185,18 +201,20 @@ def decode_kwargs(
             prepared["position_ids"] = positions
             for name, value in kwargs.items():
                 if name.startswith("position_embeddings") and value is not None:
-                    prepared[name] = rotary(hidden, positions)
+                    prepared[name] = family.rotary(name, hidden, positions, layer)
         if kwargs.get("cache_position") is not None:
             drop = base.length - tokens.length
             prepared["cache_position"] = kwargs["cache_position"] - drop
-        call.prepared[id(tokens)] = prepared
+        call.prepared[key] = prepared
     return {**kwargs, **prepared}
 
 
-def _decode_mask(call: Decode, tokens: LayerTokens, mask: Tensor | None, hidden: Tensor, form: str) -> Tensor | None:
+def _decode_mask(
+    call: Decode, tokens: LayerTokens, mask: Tensor | None, hidden: Tensor, form: masks.MaskForm
+) -> Tensor | None:
     if mask is None and call.queries == 1 and tokens.full:
         return None
-    return masks.causal(call.valid(tokens), call.queries, form, hidden.dtype)  # type: ignore[arg-type]
+    return masks.causal(call.valid(tokens), call.queries, form, hidden.dtype)
 
 
 def evict(step: Step, call: Prefill, info: ModelInfo, seeds: Seeds) -> None:

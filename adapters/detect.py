@@ -7,12 +7,30 @@ from collections.abc import Sequence
 from torch import nn
 
 from vlmprune.adapters.family import Family, unwrap
+from vlmprune.adapters.gemma_vl import Gemma3Family, PaliGemmaFamily
+from vlmprune.adapters.idefics3 import Idefics3Family, SmolVLMFamily
+from vlmprune.adapters.internvl import InternVLFamily
 from vlmprune.adapters.llava import LlavaFamily
+from vlmprune.adapters.llava_anyres import LlavaNextFamily, LlavaOnevisionFamily
+from vlmprune.adapters.qwen_vl import Qwen2_5_VLFamily, Qwen2VLFamily, Qwen3VLFamily
 from vlmprune.adapters.text import TextFamily
+from vlmprune.adapters.vision_family import VisionFamily
 from vlmprune.core.errors import UnsupportedError
 from vlmprune.core.info import ModelInfo
 
-FAMILIES: tuple[type[Family], ...] = (LlavaFamily,)
+FAMILIES: tuple[type[VisionFamily], ...] = (
+    LlavaFamily,
+    LlavaNextFamily,
+    LlavaOnevisionFamily,
+    Qwen2VLFamily,
+    Qwen2_5_VLFamily,
+    Qwen3VLFamily,
+    InternVLFamily,
+    Idefics3Family,
+    SmolVLMFamily,
+    PaliGemmaFamily,
+    Gemma3Family,
+)
 
 
 def find_family(model: nn.Module, spans: Sequence[Sequence[tuple[int, int]]] | None = None) -> Family:
@@ -35,10 +53,10 @@ def find_family(model: nn.Module, spans: Sequence[Sequence[tuple[int, int]]] | N
             if spans is not None:
                 raise UnsupportedError(f"spans is for bare decoders; {type(inner).__name__} finds its images itself.")
             return family(inner)
-    served = ", ".join(family.__name__.removesuffix("Family") for family in (*FAMILIES, TextFamily))
+    served = ", ".join(family.classes[0] for family in FAMILIES)
     raise UnsupportedError(
-        f"{type(inner).__name__} is not a model that vlmprune can prune; supported families: {served} "
-        "(LlavaForConditionalGeneration, or a bare Llama, Qwen2 or Mistral decoder with spans)."
+        f"{type(inner).__name__} is not a model that vlmprune can prune; supported families: {served}, "
+        "or a bare Llama, Qwen2 or Mistral decoder with spans."
     )
 
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections import defaultdict
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from vlmprune.adapters import guards, tap
+from vlmprune.adapters import guards, recorders
 from vlmprune.adapters.cache import PrunedDynamicCache
+from vlmprune.adapters.encoding import EncodingRecorder
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.forward import TextForward
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.layout import PromptLayout
-from vlmprune.adapters.sites import plan
-from vlmprune.adapters.text_signals import LayerRecorder
-from vlmprune.adapters.vision import TowerRecorder
-from vlmprune.core import signals as s
+from vlmprune.adapters.processor import pixel_scale
+from vlmprune.adapters.sites import needs_pixels, plan
+from vlmprune.adapters.vision_family import PIXELS, VisionFamily
 from vlmprune.core.errors import ActiveError
 from vlmprune.core.policy import Policy
 from vlmprune.core.report import Report
@@ -34,19 +34,23 @@ class Engine:
         family: adapter of the model.
         policy: what to do.
         restore_length: give the text model's output its full length again (zeros at dropped places).
+        processor: the model's processor, for policies that ask for pixels.
     """
 
-    def __init__(self, family: Family, policy: Policy, restore_length: bool = True) -> None:
+    def __init__(self, family: Family, policy: Policy, restore_length: bool = True, processor: Any = None) -> None:
         self.family = family
         self.policy = policy
         self.info = family.info()
         self.steps = plan(policy, self.info)
         self.enabled = True
         self.last_error: BaseException | None = None
-        wanted = {signal for step in self.steps for signal in step.request.signals}
+        self._wanted = {signal for step in self.steps for signal in step.request.signals}
         draws = any(step.policy.is_random(self.info) for step in self.steps)
-        self.tower = TowerRecorder(family, self.info, wanted, digests=draws)
-        self.forward = TextForward(family, self.info, policy, self.steps, self.tower, restore_length)
+        self.encoder: EncodingRecorder | None = None
+        if isinstance(family, VisionFamily):
+            scale = pixel_scale(processor) if needs_pixels(self.steps) else None
+            self.encoder = EncodingRecorder(family, self._wanted, digests=draws, scale=scale)
+        self.forward = TextForward(family, self.info, policy, self.steps, self.encoder, restore_length)
         self._hooks = HookStack()
         self._active = any(step.request.site != Site.IMAGE for step in self.steps)
         self._layout: PromptLayout | None = None
@@ -74,7 +78,14 @@ class Engine:
     def remove(self) -> None:
         """Take every hook and tap away."""
         self._hooks.remove()
-        self.tower.forget()
+        if self.encoder is not None:
+            self.encoder.forget()
+
+    def switch(self, on: bool) -> None:
+        """Turn pruning on or off without touching the hooks."""
+        self.enabled = on
+        if self.encoder is not None:
+            self.encoder.enabled = on
 
     def _install(self) -> None:
         if self._active:
@@ -84,26 +95,20 @@ class Engine:
             self._hooks.after(self.family.base, self._after_base, always=True)
         self._hooks.before(self.family.text_model, self._before_text)
         self._hooks.after(self.family.text_model, self._after_text, always=True, prepend=True)
-        self.tower.install(self._hooks)
-        self._install_taps()
+        if self.encoder is not None:
+            self.encoder.install(self._hooks)
+        self.forward.probes = recorders.install(self.family, self._wanted, self.forward.prefill, self._hooks)
         self._install_layers()
-
-    def _install_taps(self) -> None:
-        """Tap the decoder layers whose attention a step asks for."""
-        wanted: dict[int, set[s.Signal]] = defaultdict(set)
-        for step in self.steps:
-            for signal in step.request.signals:
-                if isinstance(signal, (s.GroupMass, s.AttentionRows)):
-                    wanted[signal.layer].add(signal)
-        for layer, signals in wanted.items():
-            recorder = LayerRecorder(tuple(signals), self.forward.prefill)
-            tap.install(self.family.text_attention(layer), recorder, self._hooks)
 
     def _install_layers(self) -> None:
         """Hook the layers whose tokens may differ from layer 0's: from the first cut on, all if caches are evicted."""
         sites = [step.request for step in self.steps]
         cuts = [request.layer or 0 for request in sites if request.site == Site.DECODER_LAYER]
-        first = 0 if any(request.site == Site.KV_CACHE for request in sites) else min(cuts, default=None)
+        if any(request.site == Site.KV_CACHE for request in sites):
+            cuts.append(0)
+        if self._active and self.family.deepstack_levels:
+            cuts.append(1)
+        first = min(cuts, default=None)
         if first is None:
             return
         for index, layer in enumerate(self.family.decoder_layers()):
@@ -112,17 +117,18 @@ class Engine:
 
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The module that merges images into the prompt starts: read where images stand."""
-        self.tower.enabled = self.enabled
         if not self.enabled:
             return
         self._enter()
+        if args:  # some models hand over their first argument by place
+            kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         try:
             self._in_base = True
-            self.tower.inside = kwargs.get("pixel_values") is not None
-            if self.tower.inside:
-                self.tower.forget()
+            assert self.encoder is not None
+            self.encoder.inside = any(kwargs.get(name) is not None for name in PIXELS.values())
             self.family.check_call(kwargs)
-            self._layout = guards.read_layout(self.family, kwargs, self._active)
+            brought = self.encoder.brought(kwargs)
+            self._layout = guards.read_layout(self.family, kwargs, self._active, brought)
         except BaseException as error:
             self._leave(error)
             raise

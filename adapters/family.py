@@ -6,15 +6,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlmprune.adapters.layout import PromptLayout
 from vlmprune.core.errors import UnsupportedError
 from vlmprune.core.info import ModelInfo
 
+Encoded = Mapping[str, Any]
+"""Per kind (``image``, ``video``) the :class:`vlmprune.adapters.encoding.Encoding` that a call brings along."""
+
 
 class Family(ABC):
     """Names a model's parts and reads its calls. Instances belong to one model."""
+
+    deepstack_levels: int = 0
+    """Decoder layers after which the text model adds further visual features."""
+
+    prepares_masks: bool = False
+    """True if the model itself builds 4-D masks before it calls the text model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -42,24 +51,6 @@ class Family(ABC):
         """The module that merges image features into the prompt; None for a bare decoder."""
         return None
 
-    @property
-    def tower(self) -> nn.Module | None:
-        """The vision tower."""
-        return None
-
-    @property
-    def projector(self) -> nn.Module | None:
-        """The projector."""
-        return None
-
-    def vision_blocks(self) -> Sequence[nn.Module]:
-        """Blocks of the tower, in order."""
-        return ()
-
-    def vision_attention(self, block: int) -> nn.Module:
-        """The attention module of a tower block."""
-        return self.vision_blocks()[block].self_attn
-
     def decoder_layers(self) -> Sequence[nn.Module]:
         """Decoder layers, in order."""
         return self.text_model.layers
@@ -68,9 +59,22 @@ class Family(ABC):
         """The attention module of a decoder layer."""
         return self.decoder_layers()[layer].self_attn
 
+    def layer_type(self, layer: int) -> str:
+        """What mask and rotary tables a decoder layer takes; layers of one type share them."""
+        types = getattr(self.text_model.config, "layer_types", None)
+        return types[layer] if types else ""
+
+    def rotary(self, name: str, hidden: Tensor, positions: Tensor, layer: int) -> Any:
+        """Rotary tables of a decoder layer: the value of its keyword ``name`` (``position_embeddings...``)."""
+        return self.text_model.rotary_emb(hidden, positions)
+
     @abstractmethod
-    def layout(self, kwargs: Mapping[str, Any]) -> PromptLayout | None:
+    def layout(self, kwargs: Mapping[str, Any], encoded: Encoded | None = None) -> PromptLayout | None:
         """The images of a call (keywords of ``base`` or of the bare text model), or None where it has none.
+
+        Args:
+            kwargs: the call.
+            encoded: encodings that were made before the call and that it brings.
 
         Raises:
             InputError: placeholders and images do not fit together.

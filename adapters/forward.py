@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmprune.adapters import cache as caches
-from vlmprune.adapters import decoder, finish, guards, masks, prompt
+from vlmprune.adapters import decoder, deepstack, finish, guards, masks, prompt
 from vlmprune.adapters.call import Decode, Prefill
+from vlmprune.adapters.encoding import EncodingRecorder
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.layout import PromptLayout
+from vlmprune.adapters.probe import LayerProbe
 from vlmprune.adapters.sites import Step
 from vlmprune.adapters.source import SignalSource
-from vlmprune.adapters.vision import TowerRecorder
+from vlmprune.adapters.vision_family import VisionFamily
 from vlmprune.core import config
 from vlmprune.core.errors import UnsupportedError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.core.report import ImageRecord, Report
+from vlmprune.core.signals import ProbeAttention
 from vlmprune.core.sites import Site
 
 
@@ -27,8 +31,11 @@ class TextForward:
     """Changes what the text model and its layers receive.
 
     Args:
-        family, info: the model. policy, steps: what to do. tower: where image signals come from.
+        family, info: the model. policy, steps: what to do. encoder: where image signals come from.
         restore_length: give the output the prompt's full length again.
+
+    Attributes:
+        probes: of the layers whose attention a step asks for before they run.
     """
 
     def __init__(
@@ -37,19 +44,21 @@ class TextForward:
         info: ModelInfo,
         policy: Policy,
         steps: tuple[Step, ...],
-        tower: TowerRecorder,
+        encoder: EncodingRecorder | None,
         restore_length: bool,
     ) -> None:
         self._family = family
         self._info = info
         self._policy = policy
         self._steps = steps
-        self._tower = tower
+        self._encoder = encoder
+        self._active = any(step.request.site != Site.IMAGE for step in steps)
         self._restore_length = restore_length
         self._warned = False
         self.call: Prefill | Decode | None = None
         self.report: Report | None = None
         self.sample_ids: list[str] | None = None
+        self.probes: Mapping[int, LayerProbe] = {}
 
     def prefill(self) -> Prefill | None:
         """The current call if it is a prefill."""
@@ -62,27 +71,34 @@ class TextForward:
             embeds = self._family.text_model.get_input_embeddings()(kwargs["input_ids"])
         call = self.call = new_prefill(layout, kwargs, embeds, self._new_report(layout))
         self.report = call.report
-        source = SignalSource(call, embeds, self._tower, self._family.projector, self.sample_ids)
+        family = self._family if isinstance(self._family, VisionFamily) else None
+        source = SignalSource(call, embeds, family, self._encoder, self.sample_ids)
+        if self._active:
+            kwargs = deepstack.take_over(call, kwargs)
         if any(step.policy.is_random(self._info) for step in self._steps):
             call.contents = source.contents()
         steps = tuple(step for step in self._steps if step.request.site == Site.POST_ENCODER)
         if steps:
             reduced = prompt.reduce_images(steps, call, embeds, self._info, source)
             if reduced is not None:
-                kwargs = prompt.shorten(kwargs, call, *reduced)
+                kwargs = prompt.shorten(kwargs, call, *reduced, self._mask_form)
+        call.lengths = [call.tokens.length] * (self._info.text_depth or 0)
         return self._with_cache(call, kwargs)
 
     def begin_decode(self, cache: caches.PrunedDynamicCache, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of the text model for new tokens on a pruned cache.
 
         Raises:
-            UnsupportedError: the mask is not 2-D over the unpruned sequence, or the window is full.
+            UnsupportedError: the mask is not over the unpruned sequence, or the window is full.
         """
         new = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         queries, past = new.shape[1], cache.get_seq_length()
         total = past + queries
         caches.check_window(guards.sliding_window(self._family), total)
-        mask = checked_mask(kwargs.get("attention_mask"), total)
+        mask = kwargs.get("attention_mask")
+        if self._family.prepares_masks:
+            mask = masks.visible_keys(mask)
+        mask = checked_mask(mask, total)
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, total, device=new.device).expand(new.shape[0], -1)
@@ -91,7 +107,7 @@ class TextForward:
         changed = {**kwargs, "position_ids": positions}
         if base.shift is not None:
             changed["position_ids"] = positions - base.shift[:, None]
-        if mask is not None or not base.full:
+        if kwargs.get("attention_mask") is not None or not base.full:
             changed["attention_mask"] = call.valid(base).long()
         if kwargs.get("cache_position") is not None:
             changed["cache_position"] = kwargs["cache_position"] - cache.prompt.dropped(0)
@@ -102,15 +118,18 @@ class TextForward:
         """Hidden states and keyword arguments of decoder layer ``index``, cut where a policy says so."""
         call = self.call
         if isinstance(call, Decode):
-            return hidden, decoder.decode_kwargs(call, index, kwargs, hidden, self._rotary, self._mask_form)
+            return hidden, decoder.decode_kwargs(call, index, kwargs, hidden, self._family, self._mask_form)
         assert isinstance(call, Prefill)
+        hidden = deepstack.add(call, index, hidden)
         for step in self._steps:
             if step.request.site == Site.DECODER_LAYER and step.request.layer == index:
+                self._probe(step, call, hidden, kwargs)
                 hidden = decoder.cut(step, call, hidden, self._info, self._family.text_model.norm, self._seeds)
+        call.lengths[index] = call.tokens.length
         if call.cache is not None:
             call.cache.prompt.layers[index] = call.tokens
         if call.relative is not None:
-            kwargs = decoder.prefill_kwargs(call, kwargs, hidden, self._rotary, self._mask_form)
+            kwargs = decoder.prefill_kwargs(call, index, kwargs, hidden, self._family, self._mask_form)
         return hidden, kwargs
 
     def end(self, output: Any) -> Any:
@@ -123,10 +142,20 @@ class TextForward:
                 if step.request.site == Site.KV_CACHE:
                     decoder.evict(step, call, self._info, self._seeds)
         finish.measure_cache(call, output)
+        finish.measure_flops(call, self._info)
         self._warned = finish.warn_if_inactive(call, self._steps, self._warned)
         if not self._restore_length or call.tokens.length == call.layout.length:
             return output
         return finish.restore_output(output, call)
+
+    def _probe(self, step: Step, call: Prefill, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Read the attention of the coming layer over the tokens that a step will cut, if it asks for it."""
+        if not any(isinstance(signal, ProbeAttention) for signal in step.request.signals) or not any(call.visual):
+            return
+        if call.relative is not None:
+            layer = step.request.layer or 0
+            kwargs = decoder.prefill_kwargs(call, layer, kwargs, hidden, self._family, self._mask_form)
+        self.probes[step.request.layer or 0].run(hidden, kwargs)
 
     def close(self) -> None:
         """Forget the call; also after an error."""
@@ -162,9 +191,6 @@ class TextForward:
         call.cache = caches.PrunedDynamicCache.adopt(cache, state)
         return kwargs
 
-    def _rotary(self, hidden: Tensor, positions: Tensor) -> Any:
-        return self._family.text_model.rotary_emb(hidden, positions)
-
     @property
     def _mask_form(self) -> masks.MaskForm:
         return masks.mask_form(self._family.text_model.config._attn_implementation)
@@ -180,9 +206,8 @@ class TextForward:
 def new_prefill(layout: PromptLayout, kwargs: dict[str, Any], embeds: Tensor, report: Report) -> Prefill:
     """The state of a prefill before anything is reduced."""
     device, rows, length = embeds.device, layout.rows, layout.length
-    mask = kwargs.get("attention_mask")
-    flat = isinstance(mask, Tensor) and mask.ndim == 2
-    real = mask.bool() if flat else torch.ones(rows, length, dtype=torch.bool, device=device)
+    mask = layout.mask
+    real = torch.ones(rows, length, dtype=torch.bool, device=device) if mask is None else mask.bool().to(device)
     positions = kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(length, device=device)[None]

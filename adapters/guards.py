@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlmprune.adapters import cache as caches
-from vlmprune.adapters.family import Family
+from vlmprune.adapters.family import Encoded, Family
 from vlmprune.adapters.layout import PromptLayout
 from vlmprune.core.errors import InputError, UnsupportedError
 
@@ -19,11 +19,14 @@ def check_attention(family: Family) -> None:
         raise UnsupportedError(f"attn_implementation={implementation!r} is not supported; use 'sdpa' or 'eager'.")
 
 
-def read_layout(family: Family, kwargs: dict[str, Any], active: bool) -> PromptLayout | None:
+def read_layout(
+    family: Family, kwargs: dict[str, Any], active: bool, encoded: Encoded | None = None
+) -> PromptLayout | None:
     """The images of a call, None for a call without images or on top of a filled cache.
 
     Args:
         active: something will be reduced, so the call must be one that pruning serves.
+        encoded: encodings made before the call, which it brings.
 
     Raises:
         UnsupportedError: images on a filled cache, an unsuitable cache, or gradient checkpointing.
@@ -32,9 +35,9 @@ def read_layout(family: Family, kwargs: dict[str, Any], active: bool) -> PromptL
     cache = kwargs.get("past_key_values")
     filled = cache is not None and cache.get_seq_length() > 0
     if not active:
-        return None if filled else _whole_images(family, kwargs)
+        return None if filled else _whole_images(family, kwargs, encoded)
     if not filled:
-        layout = family.layout(kwargs)
+        layout = family.layout(kwargs, encoded)
         if layout is not None:
             _check_prefill(family, cache, layout.length)
         return layout
@@ -46,10 +49,10 @@ def read_layout(family: Family, kwargs: dict[str, Any], active: bool) -> PromptL
     return None
 
 
-def _whole_images(family: Family, kwargs: dict[str, Any]) -> PromptLayout | None:
+def _whole_images(family: Family, kwargs: dict[str, Any], encoded: Encoded | None) -> PromptLayout | None:
     """The images of a call that nothing will change, for the report; None where they are not whole."""
     try:
-        return family.layout(kwargs)
+        return family.layout(kwargs, encoded)
     except InputError:
         return None
 

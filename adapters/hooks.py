@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,13 @@ class HookStack:
         handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always, prepend=prepend)
         self._handles.append(handle)
 
+    def wrap_method(self, module: nn.Module, name: str, stand_in: partial[Any]) -> None:
+        """Call ``stand_in`` in place of a method of this instance; its signature stays that of the method."""
+        stand_in.__wrapped__ = getattr(module, name)  # type: ignore[attr-defined]
+        before = module.__dict__.get(name)
+        module.__dict__[name] = stand_in
+        self.on_remove(partial(_restore_attribute, module, name, before))
+
     def on_remove(self, undo: Callable[[], None]) -> None:
         """Run ``undo`` at removal."""
         self._undo.append(undo)
@@ -44,3 +52,11 @@ class HookStack:
             self._undo.pop()()
         while self._handles:
             self._handles.pop().remove()
+
+
+def _restore_attribute(module: nn.Module, name: str, before: Any) -> None:
+    """Give an instance back the attribute that it had, or had not."""
+    if before is None:
+        module.__dict__.pop(name, None)
+    else:
+        module.__dict__[name] = before

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,16 +12,55 @@ from torch import Tensor
 
 from vlmprune.core.context import View
 from vlmprune.core.errors import InputError
+from vlmprune.core.views import Newline
+
+Kind = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """How an image (or video) becomes tokens of the LLM.
+
+    Attributes:
+        length: its tokens.
+        views: grids of tokens inside it.
+        newlines: its separator tokens.
+        encoded: encoder views that it is made of.
+        geometry: what the family needs to pack patches into tokens; hashable.
+    """
+
+    length: int
+    views: tuple[View, ...] = ()
+    newlines: tuple[Newline, ...] = ()
+    encoded: int = 1
+    geometry: Any = None
 
 
 @dataclass(frozen=True, eq=False)
 class PromptImage:
-    """One image of the batch: row ``sample``, its ``index`` there, and where its tokens stand."""
+    """One image of the batch.
+
+    Attributes:
+        sample, index: its row, and its place among the images there.
+        positions: where its tokens stand.
+        shape: how they came about.
+        kind: ``image`` or ``video``: which run of the encoder made it.
+        source: its place among the images of that run.
+        first: its first view in that run.
+    """
 
     sample: int
     index: int
     positions: tuple[int, ...]
-    views: tuple[View, ...] = ()
+    shape: ImageShape = field(default_factory=lambda: ImageShape(0))
+    kind: Kind = "image"
+    source: int = 0
+    first: int = 0
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """Grids of tokens inside the image."""
+        return self.shape.views
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +71,14 @@ class PromptLayout:
         rows, length: batch size and padded prompt length.
         images: all images, row by row.
         real: tokens per row that are not padding.
+        mask: 2-D padding mask of the prompt ``[B, L]``, None without one.
     """
 
     rows: int
     length: int
     images: tuple[PromptImage, ...]
     real: tuple[int, ...]
+    mask: Tensor | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -80,11 +122,23 @@ class PromptLayout:
         return torch.from_numpy(table).to(device)
 
 
-def real_tokens(attention_mask: Tensor | None, rows: int, length: int) -> tuple[int, ...]:
-    """Tokens per row that are not padding, by a 2-D mask (other forms count everything)."""
-    if attention_mask is None or not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return (length,) * rows
-    return tuple((attention_mask[:, -length:] != 0).sum(1).tolist())
+def make_layout(rows: int, length: int, images: Sequence[PromptImage], attention_mask: Tensor | None) -> PromptLayout:
+    """A layout of images in any order within their rows, numbered by where they start."""
+    ordered = sorted(images, key=lambda image: (image.sample, image.positions[0]))
+    counts = [0] * rows
+    numbered = []
+    for image in ordered:
+        index = counts[image.sample]
+        counts[image.sample] += 1
+        numbered.append(
+            PromptImage(
+                image.sample, index, image.positions, image.shape, image.kind, source=image.source, first=image.first
+            )
+        )
+    flat = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+    mask = attention_mask[:, -length:] if flat and attention_mask is not None else None
+    real = (length,) * rows if mask is None else tuple((mask != 0).sum(1).tolist())
+    return PromptLayout(rows, length, tuple(numbered), real, mask)
 
 
 def from_spans(
@@ -109,32 +163,83 @@ def from_spans(
                     "(start, length), ascending and disjoint."
                 )
             end = start + count
-            images.append(PromptImage(row, index, tuple(range(start, end))))
-    return PromptLayout(rows, length, tuple(images), real_tokens(attention_mask, rows, length))
+            images.append(PromptImage(row, index, tuple(range(start, end)), ImageShape(count)))
+    return make_layout(rows, length, images, attention_mask)
 
 
 def from_placeholders(
-    mask: Tensor, tokens_per_image: int, views: tuple[View, ...], attention_mask: Tensor | None
+    masks: Mapping[Kind, np.ndarray], shapes: Mapping[Kind, Sequence[ImageShape]], attention_mask: Tensor | None
 ) -> PromptLayout:
-    """Layout of prompts whose images all have the same number of tokens.
+    """Layout of prompts whose images are encoded in the order in which they stand there.
+
+    Rows may be repeated after encoding (beams, several returned sequences): each run of equal rows then shares its
+    images.
 
     Args:
-        mask: ``[B, L]`` bool, True at placeholders (read once on the host).
+        masks: per kind ``[B, L]`` bool on the host, True at placeholders.
+        shapes: per kind the encoded images.
 
     Raises:
-        InputError: a row's placeholders are no whole number of images.
+        InputError: placeholders and images do not fit together.
     """
-    host = mask.cpu().numpy()
-    images = []
-    for row, places in enumerate(host):
-        positions = np.flatnonzero(places)
-        if len(positions) % tokens_per_image:
+    images: list[PromptImage] = []
+    for kind, mask in masks.items():
+        images += _place(kind, mask, shapes.get(kind, ()))
+    rows, length = next(iter(masks.values())).shape
+    return make_layout(rows, length, images, attention_mask)
+
+
+def _place(kind: Kind, mask: np.ndarray, shapes: Sequence[ImageShape]) -> list[PromptImage]:
+    total, expected = int(mask.sum()), sum(shape.length for shape in shapes)
+    if not total and not expected:
+        return []
+    _check_whole(kind, mask, shapes)
+    if not total or not expected or total % expected or len(mask) % (total // expected):
+        raise InputError(
+            f"The prompt has {total} {kind} placeholder tokens, but its {len(shapes)} {kind}s make {expected}; build "
+            "the prompt with the model's processor, and leave out prefill_chunk_size."
+        )
+    repeats = total // expected
+    images: list[PromptImage] = []
+    start = (0, 0)  # image and view with which the current run of equal rows starts
+    for row, places in enumerate(mask):
+        source, first = start
+        positions = np.flatnonzero(places).tolist()
+        while positions:
+            if source >= len(shapes) or len(positions) < shapes[source].length:
+                raise InputError(
+                    f"Row {row} has {int(places.sum())} {kind} placeholder tokens, which are no whole number of its "
+                    f"{kind}s; build the prompt with the model's processor."
+                )
+            shape = shapes[source]
+            own, positions = tuple(positions[: shape.length]), positions[shape.length :]
+            images.append(PromptImage(row, 0, own, shape, kind, source, first))
+            source, first = source + 1, first + shape.encoded
+        if row % repeats == repeats - 1:
+            start = (source, first)
+    return images
+
+
+def _check_whole(kind: Kind, mask: np.ndarray, shapes: Sequence[ImageShape]) -> None:
+    """Refuse a row whose placeholders are no whole number of images, where all have one length."""
+    sizes = {shape.length for shape in shapes}
+    if len(sizes) != 1:
+        return
+    [size] = sizes
+    for row, count in enumerate(mask.sum(1).tolist()):
+        if count % size:
             raise InputError(
-                f"Row {row} has {len(positions)} image placeholder tokens, which is no multiple of the "
-                f"{tokens_per_image} tokens of an image; build the prompt with the model's processor, and leave out "
-                "prefill_chunk_size."
+                f"Row {row} has {count} {kind} placeholder tokens, which is no multiple of the {size} tokens of a "
+                f"{kind}; build the prompt with the model's processor, and leave out prefill_chunk_size."
             )
-        for index, part in enumerate(positions.reshape(-1, tokens_per_image)):
-            images.append(PromptImage(row, index, tuple(part.tolist()), views))
-    rows, length = host.shape
-    return PromptLayout(rows, length, tuple(images), real_tokens(attention_mask, rows, length))
+
+
+def row_ids(images: Sequence[PromptImage], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """``[I, N]`` newline row of each token (-1 for none) and which tokens are newlines."""
+    rows = np.full((len(images), width), -1, dtype=np.int64)
+    newline = np.zeros((len(images), width), dtype=bool)
+    for i, image in enumerate(images):
+        for row, mark in enumerate(image.shape.newlines):
+            rows[i, mark.start : mark.place + 1] = row
+            newline[i, mark.place] = True
+    return rows, newline

@@ -21,13 +21,11 @@ def gather_square(mask: Any, index: Tensor, valid: Tensor, full: bool) -> Any:
     """Rows and columns ``index [B, n]`` of a prefill mask; fillers are hidden as keys.
 
     Args:
-        mask: None, 2-D ``[B, L]``, 4-D ``[B or 1, h, L, L]``, or a dict of these.
+        mask: None, 2-D ``[B, L]``, or 4-D ``[B or 1, h, L, L]``.
         valid, full: which of ``index`` are real tokens, and whether all are.
     """
     if mask is None:
         return None if full else valid.long()
-    if isinstance(mask, dict):
-        return {name: gather_square(part, index, valid, full) for name, part in mask.items()}
     if mask.ndim == 2:
         kept = mask.gather(1, index)
         return kept if full else kept * valid.to(kept.dtype)
@@ -37,6 +35,33 @@ def gather_square(mask: Any, index: Tensor, valid: Tensor, full: bool) -> Any:
     mask = mask.gather(2, index[:, None, :, None].expand(rows, heads, n, width))
     mask = mask.gather(3, index[:, None, None, :].expand(rows, heads, n, n))
     return mask if full else hide_keys(mask, valid)
+
+
+def gather_masks(mask: Any, index: Tensor, valid: Tensor, full: bool, form: MaskForm, dtype: torch.dtype) -> Any:
+    """:func:`gather_square` of what a text model is given: a mask, or a dict of masks that its layers take as they
+    are, so that one which is None must be built where fillers have to be hidden."""
+    if not isinstance(mask, dict):
+        return gather_square(mask, index, valid, full)
+    return {
+        name: causal(valid, index.shape[1], form, dtype)
+        if part is None and not full
+        else gather_square(part, index, valid, full)
+        for name, part in mask.items()
+    }
+
+
+def visible_keys(mask: Any) -> Any:
+    """Keys that the last query of a prepared mask sees, ``[B, n]`` bool.
+
+    A dict of masks stands for its full attention; 2-D masks and None are returned as they are.
+    """
+    if isinstance(mask, dict):
+        mask = mask["full_attention"]
+    if mask is None or mask.ndim != 4:
+        return mask
+    last = mask[:, :, -1]
+    seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+    return seen.any(1)
 
 
 def hide_keys(mask: Tensor, valid: Tensor) -> Tensor:

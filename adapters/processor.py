@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlmprune.adapters.encoding import PixelScale
 from vlmprune.core.errors import InputError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
@@ -82,6 +83,21 @@ class ProcessorHook:
         """Give the processor its own image processor back."""
         if self._processor.image_processor is self._stand_in:
             self._processor.image_processor = self._original
+
+
+def pixel_scale(processor: Any) -> PixelScale:
+    """What a model's processor does to pixels.
+
+    Raises:
+        InputError: no processor, or one without an image processor, was given.
+    """
+    images = getattr(processor, "image_processor", None)
+    if images is None:
+        raise InputError("This policy looks at pixels; give processor=, the model's processor, which normalises them.")
+    rescale = images.rescale_factor if getattr(images, "do_rescale", True) else 1.0
+    if not getattr(images, "do_normalize", True):
+        return PixelScale((0.0,) * 3, (1.0,) * 3, rescale)
+    return PixelScale(tuple(images.image_mean), tuple(images.image_std), rescale)
 
 
 def attach_processor(policy: Policy, processor: Any, info: ModelInfo) -> ProcessorHook | None:

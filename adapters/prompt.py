@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmprune.adapters import masks
 from vlmprune.adapters.cache import LayerTokens
 from vlmprune.adapters.call import Prefill
+from vlmprune.adapters.newlines import NewlineTokens
 from vlmprune.adapters.sites import Step, run_step, site_signals
 from vlmprune.adapters.source import SignalSource
 from vlmprune.core.context import Context
@@ -35,9 +36,11 @@ def reduce_images(
     place, valid = layout.positions(embeds.device), layout.valid(embeds.device)
     lengths, views = layout.lengths, tuple(image.views for image in layout.images)
     features = embeds[rows[:, None], place]
+    newlines = NewlineTokens.of(layout.images, embeds.device)
     history: list[Selection] = []
     for step in steps:
         carried = call.carry_in(rows, place)
+        pinned = newlines.mask if newlines is not None and step.policy.newlines == "rows" else None
         context = Context(
             site=Site.POST_ENCODER,
             info=info,
@@ -49,12 +52,18 @@ def reduce_images(
                 step, features, partial(source.image_signal, features=features), partial(_again, history)
             ),
             views=views,
+            newlines=tuple(image.shape.newlines for image in layout.images) if not history else (),
+            pinned=pinned,
             sample=layout.samples,
             carry=carried,
             sizes=carried.get("sizes"),
             seeds=call.image_seeds(getattr(step.policy, "seed", 0)) if step.policy.is_random(info) else None,
+            encoder_items=source.encoder_items,
+            patch_valid=source.patch_valid(),
+            to_tokens=partial(_to_tokens, source, history),
         )
-        selection = run_step(step, context, call.report)
+        keep_newlines = newlines.keep_rows if newlines is not None and pinned is not None else None
+        selection = run_step(step, context, call.report, keep_newlines)
         call.carry_out(selection, rows, place, carried)
         features = selection.apply(features, features=True)
         anchors = selection.anchors()
@@ -65,8 +74,10 @@ def reduce_images(
             call.removed |= gone & ~scatter_true(call.removed.shape, rows, new_place, new_valid)
             call.renumbered = True
         place, valid, lengths = new_place, new_valid, selection.out_counts()
-        views = ((),) * len(lengths)
         history.append(selection)
+        newlines = None if newlines is None else newlines.after(selection)
+        views = ((),) * len(lengths) if newlines is None else newlines.cells(lengths)
+    call.entered = lengths
     if lengths == layout.lengths and all(selection.is_pruning for selection in history):
         return None
     call.visual = [0] * layout.rows
@@ -83,6 +94,11 @@ def _again(history: list[Selection], value: Tensor) -> Tensor:
     for selection in history:
         value = selection.apply(value)
     return value
+
+
+def _to_tokens(source: SignalSource, history: list[Selection], values: Tensor, newline: float = 0.0) -> Tensor:
+    """Per-patch values as values of the tokens that earlier selections left."""
+    return _again(history, source.to_tokens(values, newline))
 
 
 def write_tokens(target: Tensor, rows: Tensor, place: Tensor, valid: Tensor, values: Tensor) -> Tensor:
@@ -110,15 +126,17 @@ def packed_tokens(call: Prefill, keep: Tensor) -> LayerTokens:
     if not full:
         first = torch.where(valid, index, keep.shape[1]).amin(1, keepdim=True)
         index = torch.where(valid, index, first)
-    return LayerTokens(index, valid, full, call.shift())
+    return LayerTokens(index, valid, full, call.shift() if call.renumbered else None)
 
 
-def shorten(kwargs: Mapping[str, Any], call: Prefill, embeds: Tensor, keep: Tensor) -> dict[str, Any]:
+def shorten(
+    kwargs: Mapping[str, Any], call: Prefill, embeds: Tensor, keep: Tensor, form: masks.MaskForm
+) -> dict[str, Any]:
     """Keyword arguments of the text model for the shorter prompt; sets the call's tokens."""
     tokens = packed_tokens(call, keep)
     call.base = call.tokens = tokens
     mask = kwargs.get("attention_mask")
-    shorter = masks.gather_square(mask, tokens.index, tokens.valid, tokens.full)
+    shorter = masks.gather_masks(mask, tokens.index, tokens.valid, tokens.full, form, embeds.dtype)
     if shorter is None and kwargs.get("past_key_values") is None:
         shorter = tokens.valid.long()  # without a mask, gaps in the positions would be read as packed sequences
     changed = {

@@ -18,7 +18,7 @@ from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.core.report import Report, SiteRecord
 from vlmprune.core.selection import Selection
-from vlmprune.core.signals import Signal
+from vlmprune.core.signals import Pixels, Signal
 from vlmprune.core.sites import Site, SiteRequest
 
 
@@ -45,6 +45,7 @@ def plan(policy: Policy, info: ModelInfo) -> tuple[Step, ...]:
                 served = ", ".join(sorted(info.sites))
                 raise SignalError(f"{leaf.name!r} acts at {request.site}, but {info.model_class} offers {served}.")
             _check_layer(leaf, request, info)
+            _check_positions(leaf, request, info)
             missing = {signal: why_missing(signal, request, info) for signal in request.signals}
             for signal, reason in missing.items():
                 if reason is not None and not signal.optional:
@@ -67,11 +68,29 @@ def _check_layer(leaf: Policy, request: SiteRequest, info: ModelInfo) -> None:
         )
 
 
-def run_step(step: Step, context: Context, report: Report) -> Selection:
-    """Let a policy decide and write down what it did."""
+def _check_positions(leaf: Policy, request: SiteRequest, info: ModelInfo) -> None:
+    """Refuse renumbering where positions have several axes: a token's place in the image is its position."""
+    if info.mrope and request.positions == "compact":
+        raise InputError(
+            f"{leaf.name!r} asks for compact positions, but {info.model_class} numbers visual tokens by time, row and "
+            "column, which cannot be closed up; leave positions at 'auto', or give 'keep'."
+        )
+
+
+def needs_pixels(steps: tuple[Step, ...]) -> bool:
+    """True if a step asks for pixels, whose normalisation only the processor knows."""
+    return any(isinstance(signal, Pixels) for step in steps for signal in step.request.signals)
+
+
+def run_step(
+    step: Step, context: Context, report: Report, finish: Callable[[Selection], Selection] | None = None
+) -> Selection:
+    """Let a policy decide and write down what it did; ``finish`` changes the selection before that."""
     start, stop = stopwatch(context.device)
     begun = start()
     selection = step.policy.select(context)
+    if finish is not None:
+        selection = finish(selection)
     report.sites.append(
         SiteRecord(
             policy=step.policy.name,

@@ -24,8 +24,11 @@ _RECORDER = "_vlmprune_recorder"
 class Recorder(Protocol):
     """Takes what an attention module is about to multiply."""
 
-    def record(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
-        """``query`` ``[B, H, Nq, d]`` and ``key`` ``[B, Hk, N, d]`` after rotary embedding and normalisation."""
+    def record(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, options: dict[str, Any]
+    ) -> None:
+        """``query`` ``[B, H, Nq, d]`` and ``key`` ``[B, Hk, N, d]`` after rotary embedding and normalisation;
+        ``options`` are the attention function's further keywords (segments of packed calls)."""
         ...
 
 
@@ -41,7 +44,7 @@ def tap_attention(
     """The attention function of tapped modules: record, then attend as the original config says."""
     config = module.config
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    getattr(config, _RECORDER).record(module, query, key, attention_mask, scale)
+    getattr(config, _RECORDER).record(module, query, key, attention_mask, scale, kwargs)
     attend = original_attention(module, getattr(config, _ORIGINAL))
     return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 

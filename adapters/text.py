@@ -8,13 +8,25 @@ from typing import Any
 from torch import nn
 
 from vlmprune.adapters import layout as layouts
-from vlmprune.adapters.family import Family, text_info
+from vlmprune.adapters.family import Encoded, Family, text_info
 from vlmprune.core import signals as s
 from vlmprune.core.errors import InputError, UnsupportedError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.sites import Site
 
-TEXT_SIGNALS = frozenset({s.Projected, s.TextEmbeddings, s.AttentionRows, s.GroupMass, s.FinalNorm, s.Hidden})
+TEXT_SIGNALS = frozenset(
+    {
+        s.Projected,
+        s.TextEmbeddings,
+        s.AttentionRows,
+        s.ColumnMass,
+        s.GroupMass,
+        s.FinalNorm,
+        s.Hidden,
+        s.ModuleTransition,
+        s.ProbeAttention,
+    }
+)
 DECODERS = ("Llama", "Qwen2", "Mistral")
 
 
@@ -49,7 +61,7 @@ class TextFamily(Family):
             **text_info(self.text_model.config),
         )
 
-    def layout(self, kwargs: Mapping[str, Any]) -> layouts.PromptLayout | None:
+    def layout(self, kwargs: Mapping[str, Any], encoded: Encoded | None = None) -> layouts.PromptLayout | None:
         embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
         shape = (embeds if embeds is not None else ids).shape[:2]
         if self.spans is None or not any(self.spans):

@@ -81,14 +81,14 @@ class Handle:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Run the dense model inside this block."""
-        before, self._engine.enabled = self._engine.enabled, False
-        self._engine.tower.enabled = False
+        before = self._engine.enabled
+        self._engine.switch(False)
         paused = self._processor.paused() if self._processor is not None else contextlib.nullcontext()
         try:
             with paused:
                 yield
         finally:
-            self._engine.enabled = self._engine.tower.enabled = before
+            self._engine.switch(before)
 
     def remove(self) -> None:
         """Give the model back as it was, bit for bit. Calling it again does nothing."""
@@ -127,7 +127,7 @@ def apply(
     Args:
         model: a transformers vision-language model, or a bare decoder with ``spans``. Only this instance changes.
         policy: name (:func:`available`), :class:`Policy`, config file or dict, or a list of these to compose.
-        processor: the model's processor, needed by policies that act on images.
+        processor: the model's processor, needed by policies that act on images or ask for pixels.
         spans: for a bare decoder: per row, ``(start, length)`` of each image in ``inputs_embeds``.
         restore_length: the text model's output keeps the prompt's length, zeros at dropped places; False leaves it
             short.
@@ -150,7 +150,7 @@ def apply(
                     f"{type(module).__name__} is pruned already by {active!r}; call handle.remove() first, or compose: "
                     "vlmprune.apply(model, ['a', 'b'], keep=[...])."
                 )
-    engine = Engine(find_family(model, spans), resolved, restore_length)
+    engine = Engine(find_family(model, spans), resolved, restore_length, processor)
     hook = attach_processor(resolved, processor, engine.info)
     try:
         engine.install()

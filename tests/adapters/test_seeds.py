@@ -181,12 +181,12 @@ def test_a_bare_decoder_draws_by_its_visual_embeddings(policy: Policy) -> None:
 
 def test_policies_that_do_not_draw_need_no_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     """A digest copies pixels to the host; it is made only where a policy draws."""
-    from vlmprune.adapters import vision
+    from vlmprune.adapters import encoding
 
     def refuse(values: torch.Tensor) -> str:
         raise AssertionError("a digest was made")
 
-    monkeypatch.setattr(vision, "tensor_digest", refuse)
+    monkeypatch.setattr(encoding, "tensor_digest", refuse)
     model, prompt = small_llava(), make_prompt()
     with vlmprune.applied(model, "hiprune", keep=0.5):
         prefill(model, prompt)

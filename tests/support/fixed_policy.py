@@ -22,6 +22,7 @@ class FixedKeep(Policy):
 
     meta = PolicyMeta(title="fixed tokens, for tests")
     name = "fixed"
+    newlines = "compete"
 
     kept: tuple[tuple[int, ...], ...] = ()
     site: Site = Site.POST_ENCODER

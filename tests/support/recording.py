@@ -32,6 +32,7 @@ class Recording(Policy):
 
     meta = PolicyMeta(title="records its contexts, for tests")
     name = "recording"
+    newlines = "compete"
 
     wanted: tuple[Signal, ...] = ()
     site: Site = Site.POST_ENCODER

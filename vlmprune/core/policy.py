@@ -13,7 +13,6 @@ from vlmprune.core.info import ModelInfo
 from vlmprune.core.selection import Selection
 from vlmprune.core.sites import Positions, SiteRequest
 
-
 NewlineRule = Literal["rows", "compete"]
 """What becomes of newline tokens: kept with each row that keeps tokens, or candidates like all others."""
 

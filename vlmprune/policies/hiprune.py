@@ -46,8 +46,8 @@ class HiPrune(SetPolicy):
         alpha: share of the budget for anchors and buffers (alpha, 0.1), in [0, 1].
         object_layer: 0-based block of the object score (the paper's l, which counts from 1), or a share of
             depth. None: the paper's block, carried over as a share of depth: the 9th of 24 (0-based 8), on
-            towers without CLS whose patches merge (Qwen) the 16th of 32; on a shallow tower at most the block
-            before the deep one.
+            Qwen models (multi-axis positions) the 16th of 32; on a shallow tower at most the block before the
+            deep one.
         deep_layer: 0-based block of the deep score; -1 is the block whose output feeds the projector.
         buffer: ``"code"`` takes the flat neighbours i-1, i+1, i-W, i+W clamped to the grid, as the official
             code does: the left neighbour of column 0 is the end of the row above. ``"grid"`` takes true
@@ -96,7 +96,7 @@ class HiPrune(SetPolicy):
 
     def score_signals(self, info: ModelInfo) -> tuple[ColumnMass, ColumnMass]:
         """The signals of the object and the deep score."""
-        qwen = info.merge_unit > 1 and not info.has_cls
+        qwen = info.mrope
         deep = info.vision_layer(self.deep_layer)
         if self.object_layer is not None:
             middle = info.vision_layer(self.object_layer)

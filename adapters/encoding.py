@@ -1,0 +1,238 @@
+"""What the vision tower says: signals read while images are encoded, kept until the prompt is shortened."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmprune.adapters import tap
+from vlmprune.adapters.hooks import HookStack
+from vlmprune.adapters.layout import Kind
+from vlmprune.adapters.towers import AttentionCall, TowerRun
+from vlmprune.adapters.vision_family import PIXELS, VisionFamily
+from vlmprune.core import signals as s
+from vlmprune.core.errors import ActiveError, SignalError
+from vlmprune.core.randomness import tensor_digest
+
+ENCODERS: dict[Kind, str] = {"image": "get_image_features", "video": "get_video_features"}
+ATTENTION_SIGNALS = (s.ColumnMass, s.ClsRow, s.ClsLogits, s.Keys, s.QK, s.Attention)
+
+
+@dataclass(eq=False)
+class Encoding:
+    """One encoding of images or videos.
+
+    Attributes:
+        kind: what was encoded.
+        arguments: what the encoder was given beside pixels (sizes, grids).
+        thread: who did it.
+        run: the tower's run, once it started.
+        values: per signal ``[V, P, ...]``.
+        digests: per view, where a policy draws.
+        features: the tokens of the LLM that the encoder returned, a tensor or nested lists of them.
+    """
+
+    kind: Kind
+    arguments: dict[str, Any]
+    thread: int = field(default_factory=threading.get_ident)
+    run: TowerRun | None = None
+    values: dict[s.Signal, Any] = field(default_factory=dict)
+    digests: list[str] = field(default_factory=list)
+    features: Any = None
+
+    @property
+    def n_views(self) -> int:
+        """Encoder views."""
+        return 0 if self.run is None else self.run.n_views
+
+    def tokens(self) -> Tensor:
+        """All tokens that were made, ``[N, D]``, image by image."""
+        found = self.features
+        while isinstance(found, (list, tuple)) and isinstance(found[0], (list, tuple)):
+            found = found[0]
+        parts = [found] if isinstance(found, Tensor) else found
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+@dataclass(frozen=True)
+class PixelScale:
+    """What an image processor did to pixels: ``(x * rescale - mean) / std``."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale: float
+
+    def undo(self, pixels: Tensor) -> Tensor:
+        """Pixels in 0..255 from ``[V, P, C, h, w]``, rounded to whole numbers."""
+        mean, std = (torch.tensor(part, device=pixels.device).view(-1, 1, 1) for part in (self.mean, self.std))
+        return ((pixels.float() * std + mean) / self.rescale).round().clamp(0, 255)
+
+
+class EncodingRecorder:
+    """Collects the requested signals of a tower, nothing else.
+
+    Args:
+        family: the model.
+        wanted: signals; those of the text stack are left out.
+        digests: note what is encoded, for seeds.
+        scale: what the processor does to pixels, None where no processor is known.
+    """
+
+    def __init__(
+        self,
+        family: VisionFamily,
+        wanted: Iterable[s.Signal],
+        digests: bool,
+        scale: PixelScale | None = None,
+    ) -> None:
+        self._wanted = frozenset(signal for signal in wanted if signal.stack_name == "vision")
+        self._digests, self._scale = digests, scale
+        self._family = family
+        self._last: dict[Kind, Encoding] = {}
+        self._current: Encoding | None = None
+        self._calls: dict[int, list[AttentionCall]] = defaultdict(list)
+        self.enabled = True
+        self.inside = False  # the current forward encodes its images itself
+
+    def install(self, hooks: HookStack) -> None:
+        """Observe the model's encoders and hook its tower and projector."""
+        base = self._family.base
+        for kind in self._family.kinds:
+            name = ENCODERS[kind]
+            if hasattr(base, name):
+                hooks.wrap_method(base, name, partial(self._encode, kind, getattr(base, name)))
+        tower, projector = self._family.tower_module, self._family.projector
+        hooks.before(tower, self._begin)
+        hooks.after(tower, self._end)
+        blocks = self._family.vision_blocks()
+        for block in sorted({signal.layer for signal in self._wanted if isinstance(signal, ATTENTION_SIGNALS)}):
+            tap.install(self._family.vision_attention(block), BlockRecorder(self, block), hooks)
+        for signal in self._wanted:
+            if isinstance(signal, s.PreProjector):
+                hooks.before(projector, partial(self._before_projector, signal))
+            elif isinstance(signal, s.Hidden) and signal.when == "in":
+                hooks.before(blocks[signal.layer], partial(self._hidden_in, signal))
+            elif isinstance(signal, s.Hidden):
+                hooks.after(blocks[signal.layer], partial(self._hidden_out, signal))
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        self._last.clear()
+
+    def brought(self, kwargs: Mapping[str, Any]) -> dict[Kind, Encoding]:
+        """The encodings that a call brings along, as far as they were observed."""
+        kinds = self._family.encoded_kinds(kwargs)
+        return {kind: self._last[kind] for kind in kinds if kind in self._last}
+
+    def encoding(self, kind: Kind) -> Encoding | None:
+        """The last encoding of a kind, None if there was none.
+
+        Raises:
+            ActiveError: another thread's ``generate`` encoded its images in between.
+        """
+        found = self._last.get(kind)
+        if found is not None and found.thread != threading.get_ident():
+            raise ActiveError("Another thread encoded images with this pruned model; use one model copy per thread.")
+        return found
+
+    def value(self, kind: Kind, signal: s.Signal) -> Any:
+        """A recorded signal of all views of the last encoding of a kind.
+
+        Raises:
+            SignalError: nothing was encoded since ``apply``, so there is nothing to read.
+        """
+        found = self.encoding(kind)
+        if found is None or signal not in found.values:
+            raise SignalError(
+                f"{signal} was not recorded: the images were encoded before the policy was applied. "
+                "Apply first, then encode."
+            )
+        return found.values[signal]
+
+    def record(self, block: int, call: AttentionCall) -> None:
+        """Keep one block's queries and keys until the tower is done."""
+        if self._current is not None:
+            self._calls[block].append(call)
+
+    def _encode(self, kind: Kind, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for a model's encoder: calls it and notes what it was given and returned."""
+        if not self.enabled or self._current is not None:
+            if self._current is not None and self._current.thread != threading.get_ident():
+                self._current.thread = threading.get_ident()  # another thread disturbs it: it is nobody's now
+            return original(*args, **kwargs)
+        arguments = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        arguments = {**arguments, **arguments.pop("kwargs", {})}
+        given = {n: v for n, v in arguments.items() if v is not None and n not in PIXELS.values()}
+        self._current = Encoding(kind, given)
+        try:
+            output = original(*args, **kwargs)
+            # Not the output itself: generate replaces its fields when it repeats rows.
+            self._current.features = getattr(output, "pooler_output", output)
+            self._last[kind] = self._current
+            return output
+        finally:
+            self._current = None
+            self._calls.clear()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._current is None:
+            return
+        run = self._current.run = self._family.tower.run(args, kwargs)
+        if self._digests:
+            self._current.digests = [tensor_digest(view) for view in run.contents()]
+        for signal in self._wanted:
+            if isinstance(signal, s.Pixels):
+                assert self._scale is not None
+                self._current.values[signal] = self._scale.undo(run.pixels())
+
+    @torch.no_grad()
+    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        current = self._current
+        if current is None or current.run is None:
+            return
+        for signal in self._wanted:
+            if isinstance(signal, ATTENTION_SIGNALS):
+                current.values[signal] = current.run.attention(signal, self._calls[signal.layer])
+        self._calls.clear()
+
+    def _before_projector(
+        self, signal: s.PreProjector, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._current is not None:
+            states = args[0] if args else next(iter(kwargs.values()))
+            self._current.values[signal] = self._family.projector_patches(self._current.run, states.detach())
+
+    def _hidden_in(self, signal: s.Hidden, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._hidden(signal, args[0] if args else kwargs["hidden_states"])
+
+    def _hidden_out(
+        self, signal: s.Hidden, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        self._hidden(signal, output[0] if isinstance(output, tuple) else output)
+
+    def _hidden(self, signal: s.Hidden, states: Tensor) -> None:
+        if self._current is not None and self._current.run is not None:
+            self._current.values[signal] = self._current.run.patches(states.detach())
+
+
+class BlockRecorder:
+    """The tap's recorder of one tower block."""
+
+    def __init__(self, tower: EncodingRecorder, block: int) -> None:
+        self._tower = tower
+        self._block = block
+
+    def record(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, options: dict[str, Any]
+    ) -> None:
+        ends = options.get("cu_seq_lens_q")
+        lengths = None if ends is None else tuple(ends.diff().tolist())
+        self._tower.record(self._block, AttentionCall(query.detach(), key.detach(), mask, scale, lengths))

@@ -1,0 +1,89 @@
+"""transformers' Idefics3 and SmolVLM: tiles with text between them, then the whole image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from vlmprune.adapters.family import find_module, text_info
+from vlmprune.adapters.text import TEXT_SIGNALS
+from vlmprune.adapters.tiles import Runs, TiledFamily
+from vlmprune.adapters.towers import BatchedTower
+from vlmprune.adapters.vision_family import TOWER_SIGNALS
+from vlmprune.core import signals as s
+from vlmprune.core.info import ModelInfo
+from vlmprune.core.sites import Site
+
+
+class Idefics3Family(TiledFamily):
+    """An image's tiles stand apart, each behind a token that names its place; behind its whole view stands the same
+    token in every image, by which images are told apart."""
+
+    classes = ("Idefics3ForConditionalGeneration", "Idefics3Model")
+    name = "idefics3"
+
+    @property
+    def text_model(self) -> nn.Module:
+        return find_module(self.base, ("text_model",), "text model")
+
+    @property
+    def tower_module(self) -> nn.Module:
+        return find_module(self.base, ("vision_model",), "vision tower")
+
+    @property
+    def projector(self) -> nn.Module:
+        return find_module(self.base, ("connector",), "connector")
+
+    def vision_blocks(self) -> Sequence[nn.Module]:
+        return find_module(self.tower_module, ("encoder.layers",), "vision blocks")  # type: ignore[return-value]
+
+    @property
+    def tower(self) -> BatchedTower:
+        return BatchedTower(self.model.config.vision_config.patch_size, has_cls=False)
+
+    @property
+    def side(self) -> int:
+        tower = self.model.config.vision_config
+        return tower.image_size // tower.patch_size
+
+    @property
+    def merge(self) -> int:
+        return self.model.config.scale_factor
+
+    def images_of_row(self, row: int, runs: Runs, kwargs: Mapping[str, Any]) -> list[int]:
+        ids = kwargs.get("input_ids")
+        tiles = [-(-length // self.tile_tokens) for _, length in runs]
+        if ids is None or not runs:
+            return tiles
+        marks = np.asarray(ids[row].cpu())[[max(0, start - 1) for start, _ in runs]]
+        images, open_tiles = [], 0
+        for mark, count in zip(marks, tiles, strict=True):
+            open_tiles += count
+            if mark == marks[-1]:  # the whole view ends its image
+                images.append(open_tiles)
+                open_tiles = 0
+        return images
+
+    def info(self) -> ModelInfo:
+        config = self.model.config
+        depth = config.vision_config.num_hidden_layers
+        return ModelInfo(
+            family=self.name,
+            model_class=type(self.model).__name__,
+            sites=frozenset({Site.IMAGE, Site.POST_ENCODER, Site.DECODER_LAYER, Site.KV_CACHE}),
+            signals=TEXT_SIGNALS | TOWER_SIGNALS | {s.Projector},
+            vision_depth=depth,
+            feature_block=depth - 1,
+            merge_unit=self.merge**2,
+            **text_info(config.text_config),
+        )
+
+
+class SmolVLMFamily(Idefics3Family):
+    """SmolVLM: Idefics3's layout; a video's frames are images."""
+
+    classes = ("SmolVLMForConditionalGeneration", "SmolVLMModel")
+    name = "smolvlm"
