@@ -49,7 +49,7 @@ def first_cut(
     cell = torch.where(pool, torch.stack(ids).to(context.device, non_blocking=True), -1)
     merged, carried = recycle(features, importance, cell, n_cells)
     added = (merged.place >= 0).sum(1).tolist()
-    filled = (merged.place < 0).to(torch.int8).argsort(1, stable=True)[:, : max(added)]  # cells with tokens first
+    filled = (merged.place < 0).to(torch.int8).argsort(dim=1, stable=True)[:, : max(added)]  # cells with tokens first
     synthetic = Synthetic(*(gather_tokens(x, filled) for x in (merged.features, merged.sources, merged.place)))
     counts = tuple(n + more for n, more in zip(counts, added, strict=True))
     return replace(selection, synthetic=synthetic, counts=counts), carried
