@@ -25,11 +25,14 @@ from golden_io import Case
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2Model
 
+from vlmprune.adapters.detect import find_family
+from vlmprune.adapters.layout import ImageShape
 from vlmprune.core.attention import DenseAttention
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.signals import Attention, Pixels, Projected, Signal
 from vlmprune.core.views import Newline, View
+from vlmprune.embedded.random_models import random_vlm
 from vlmprune.policies._vflowopt_importance import attending_patches, patch_entropy
 from vlmprune.policies._vflowopt_settings import mean_retention
 from vlmprune.policies.vflowopt import IMPORTANCE, VFlowOpt
@@ -147,8 +150,21 @@ def pack_by_the_spec(case: Case, values: Tensor, newline: Tensor) -> Tensor:
     return torch.cat([canvas, column], 2).flatten(1).T
 
 
-# How patch values become token values. A packing through a model's own code joins by one more line here.
-PACKINGS: Mapping[str, Packing] = {"spec": pack_by_the_spec}
+def pack_by_the_model(case: Case, values: Tensor, newline: Tensor) -> Tensor:
+    """The same through the adapter of a LLaVA-OneVision of transformers, whose tiles are the case's."""
+    model, side = random_vlm("llava_onevision"), case.integer("side")
+    config = model.config
+    config.vision_config.image_size = tile = side * config.vision_config.patch_size
+    config.image_grid_pinpoints = [[case.integer("grid_h") * tile, case.integer("grid_w") * tile]]
+    config.vision_aspect_ratio = f"anyres_max_{case.integer('max_patches')}"
+    family, shape = find_family(model), ImageShape(0, geometry=(case.integer("image_h"), case.integer("image_w")))
+    image = torch.cat([torch.full_like(values[:1], torch.nan), values])[None]  # a thumbnail comes first
+    channels = [family.pack(shape, image[..., i : i + 1], value) for i, value in enumerate(newline.tolist())]
+    return torch.cat(channels, 2)[0, side**2 :]
+
+
+# How patch values become token values: by the text of the specification, and as the framework does it.
+PACKINGS: Mapping[str, Packing] = {"spec": pack_by_the_spec, "model": pack_by_the_model}
 
 
 @pytest.mark.golden("vflowopt", "align")
