@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from vlmprune.core.artefact import Artefact
 from vlmprune.core.errors import InputError
+from vlmprune.core.info import ModelInfo
 
 # Shares of the depth before which tokens are cut: layers 9 and 18 of 28, 10 and 20 of 32, as in the paper.
 STAGES = (0.32, 0.64)
@@ -18,6 +19,9 @@ TOLERANCE = 0.01
 
 Parts = tuple[int, int, int]
 """Decoder layers before, between and behind the two cuts inside the decoder (L1, L2, L3)."""
+
+
+NAMES = ("r1", "r2", "r3", "t", "a", "alpha")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,21 @@ RELEASED: Mapping[float, Settings] = MappingProxyType(
         0.1: Settings(r1=0.11661529508161146, r2=1.0, r3=0.6011, t=39.26492840997221, a=17.386981849158786, alpha=0.0),
     }
 )
+
+
+def decoder_parts(layers: tuple[int | float, int | float], info: ModelInfo) -> Parts:
+    """How two cuts, before ``layers`` (0-based, or shares of depth), part the decoder.
+
+    Raises:
+        InputError: the layers do not exist or do not increase.
+    """
+    second, third = (info.text_layer(layer, 1) for layer in layers)
+    if third <= second:
+        raise InputError(
+            f"layers={layers} fall on {second} and {third} of {info.model_class} ({info.text_depth} layers), which do "
+            "not increase; give two layers."
+        )
+    return second, third - second, (info.text_depth or 0) - third
 
 
 def mean_retention(r1: float, r2: float, r3: float | None, parts: Parts) -> float:
@@ -136,7 +155,7 @@ def _base(share: float, parts: Parts, found: Artefact | None) -> Settings:
                 f"The artefact was calibrated for keep={found.settings['keep']}, not for {share:.4g} of an image; give "
                 "every image that share, or leave the artefact out."
             )
-        return Settings(**{name: found.best[name] for name in ("r1", "r2", "r3", "t", "a", "alpha")})
+        return Settings(**{name: found.best[name] for name in NAMES})
     released = RELEASED.get(round(share, 6))
     if released is None:
         return uncalibrated(share, parts)

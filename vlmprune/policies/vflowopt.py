@@ -30,7 +30,6 @@ from vlmprune.policies._vflowopt_settings import Parts, Settings
 PREFIX = "vflowopt."
 IMPORTANCE = PREFIX + "importance"
 SHARES = ("r2", "r3")
-SEARCHED = ("r1", "r2", "r3", "t", "a", "alpha")
 NO_PATCH = (
     "vflowopt: in some view no patch receives more than t times the mean attention, so the one that receives most "
     "stands alone; a smaller t, or a calibration on this model (vlmprune calibrate vflowopt), suits it better."
@@ -119,18 +118,8 @@ class VFlowOpt(Policy):
         object.__setattr__(self, "_found", self._read())
 
     def parts(self, info: ModelInfo) -> Parts:
-        """Decoder layers before, between and behind the two inner cuts.
-
-        Raises:
-            InputError: the layers do not exist or do not increase.
-        """
-        second, third = (info.text_layer(layer, 1) for layer in self.layers)
-        if third <= second:
-            raise InputError(
-                f"layers={self.layers} fall on {second} and {third} of {info.model_class} ({info.text_depth} layers), "
-                "which do not increase; give two layers."
-            )
-        return second, third - second, (info.text_depth or 0) - third
+        """Decoder layers before, between and behind the two inner cuts; layers that do not increase are refused."""
+        return numbers.decoder_parts(self.layers, info)
 
     def settings_of(self, share: float, parts: Parts) -> Settings:
         """The configuration for a mean retention below 1.
@@ -138,7 +127,7 @@ class VFlowOpt(Policy):
         Raises:
             InputError: the given shares cannot reach it, or the artefact is for another one.
         """
-        given = {name: getattr(self, name) for name in SEARCHED}
+        given = {name: getattr(self, name) for name in numbers.NAMES}
         return numbers.configuration(share, parts, given, self._artefact)
 
     def requests(self, info: ModelInfo) -> tuple[SiteRequest, ...]:
