@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Any
 
 import torch
 import transformers
 from prompt_parts import TEXT, Draw, Part, Size
+from prompt_runs import Prompt, decode, prefill
 from prompt_styles import STYLES
 from torch import Tensor, nn
 
-from vlmprune.core.sites import Site
 from vlmprune.embedded.random_models import tokens as t
+
+__all__ = ["FamilyPrompt", "Row", "decode", "make_family_prompt", "prefill"]
 
 MAJOR = int(transformers.__version__.split(".")[0])
 
@@ -30,16 +30,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class FamilyPrompt:
+class FamilyPrompt(Prompt):
     """A left-padded batch of prompts in the shape that the family's processor gives."""
 
     family: str
     rows: tuple[Row, ...]
-
-    @property
-    def length(self) -> int:
-        """Padded prompt length."""
-        return max(len(row.ids) for row in self.rows)
 
     @property
     def images(self) -> tuple[int, ...]:
@@ -93,25 +88,32 @@ class FamilyPrompt:
         """One row by itself, without its padding."""
         return FamilyPrompt(self.family, (self.rows[index],))
 
-    def dropped(self, kept: Sequence[Sequence[int]], site: Site = Site.POST_ENCODER) -> Tensor:
-        """``[B, L]`` True at dropped tokens. ``kept`` lists per image (after the encoder) or per sample with
-        images (in the decoder) the tokens that stay."""
-        mask = torch.zeros_like(self.real)
-        items = iter(kept)
-        for row, images in enumerate(self.places()):
-            merged = [sum(images, [])] if images else []
-            for tokens in images if site == Site.POST_ENCODER else merged:
-                mask[row, tokens] = True
-                mask[row, [tokens[i] for i in next(items)]] = False
-        return mask
+    def position_ids(self, model: nn.Module) -> Tensor:
+        """``[B, L]``; for Qwen ``[4, B, L]``: text, time, height, width (without the first row for Qwen3-VL before
+        transformers 5)."""
+        if self.family == "paligemma":
+            return self.positions + 1
+        if not self.family.startswith("qwen"):
+            return self.positions
+        inputs = self.inputs
+        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids", "attention_mask")
+        given = {name: inputs[name] for name in names if name in inputs}
+        vision, _ = model.model.get_rope_index(self.ids, **given)
+        return vision if MAJOR < 5 and self.family == "qwen3_vl" else torch.cat([self.positions[None], vision])
 
-    def widths(self, site: Site = Site.POST_ENCODER) -> list[int]:
-        """Number of tokens of each item of ``dropped``."""
-        per_row = [[len(tokens) for tokens in images] for images in self.places()]
-        return sum(per_row, []) if site == Site.POST_ENCODER else [sum(row) for row in per_row if row]
+    def repainted(self, row: int) -> FamilyPrompt:
+        """The same prompts, with other pixels in one row."""
+        parts = [
+            replace(part, tensors={n: -x if n.startswith("pixel_values") else x for n, x in part.tensors.items()})
+            for part in self.rows[row].parts
+        ]
+        rows = list(self.rows)
+        rows[row] = replace(rows[row], parts=parts)
+        return replace(self, rows=tuple(rows))
 
     def _padded(self, values: list[list[int]], fill: int = 0) -> Tensor:
-        return torch.tensor([[fill] * (self.length - len(row)) + row for row in values])
+        longest = max(len(row) for row in values)
+        return torch.tensor([[fill] * (longest - len(row)) + row for row in values])
 
 
 def make_family_prompt(
@@ -163,46 +165,3 @@ def _row(images_first: bool, parts: list[Part], more: int, generator: torch.Gene
         ids, kinds = ids + part.ids + after, kinds + part.kinds + [TEXT] * len(after)
     closing = [*(opening if images_first else []), *([] if parts and not images_first else text(4))]
     return Row(ids + closing, kinds + [TEXT] * len(closing), parts, starts)
-
-
-def positions(model: nn.Module, prompt: FamilyPrompt) -> Tensor:
-    """Position ids as ``generate`` numbers the prompt: ``[B, L]``, for Qwen ``[4, B, L]`` (text, time, height, width;
-    without the first row for Qwen3-VL before transformers 5)."""
-    plain = (prompt.real.long().cumsum(1) - 1).clamp_min(0)
-    if prompt.family == "paligemma":
-        return plain + 1
-    if not prompt.family.startswith("qwen"):
-        return plain
-    inputs = prompt.inputs
-    names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids", "attention_mask")
-    given = {name: inputs[name] for name in names if name in inputs}
-    if MAJOR >= 5 and not sum(prompt.images):
-        return plain.expand(4, -1, -1)
-    vision, _ = model.model.get_rope_index(prompt.ids, **given)
-    return vision if MAJOR < 5 and prompt.family == "qwen3_vl" else torch.cat([plain[None], vision])
-
-
-@torch.no_grad()
-def prefill(model: nn.Module, prompt: FamilyPrompt, **arguments: Any) -> Any:
-    """One forward over the prompt, with positions as ``generate`` gives them."""
-    return model(**prompt.inputs, position_ids=positions(model, prompt), **arguments)
-
-
-@torch.no_grad()
-def decode(model: nn.Module, prompt: FamilyPrompt, cache: Any, forced: Tensor, turn: bool = False) -> Tensor:
-    """Logits ``[B, S, V]`` of forced tokens ``[B, S]`` after the prompt: one at a time, or as one ``turn``."""
-    chunks = [forced] if turn else list(forced.split(1, dim=1))
-    real, start, logits = prompt.real.long(), positions(model, prompt)[..., -1:], []
-    for chunk in chunks:
-        real = torch.cat([real, torch.ones_like(chunk)], 1)
-        steps = torch.arange(1, chunk.shape[1] + 1)
-        out = model(
-            input_ids=chunk,
-            attention_mask=real,
-            position_ids=start + steps,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        start = start + chunk.shape[1]
-        logits.append(out.logits)
-    return torch.cat(logits, 1)

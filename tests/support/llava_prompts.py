@@ -8,10 +8,23 @@ from typing import Any
 
 import torch
 from fixed_policy import FixedKeep
+from prompt_runs import Prompt, decode, prefill
 from torch import Tensor, nn
 
 from vlmprune.core.sites import Site
 from vlmprune.embedded.tiny_configs import BOS_ID, IMAGE_TOKEN_ID, random_llava
+
+__all__ = [
+    "N",
+    "LlavaPrompt",
+    "StubProcessor",
+    "decode",
+    "fixed_keep",
+    "make_prompt",
+    "pick_tokens",
+    "prefill",
+    "small_llava",
+]
 
 N = 16  # visual tokens per image of `small_llava`
 
@@ -30,7 +43,7 @@ class StubProcessor:
 
 
 @dataclass(frozen=True)
-class LlavaPrompt:
+class LlavaPrompt(Prompt):
     """A left-padded batch of prompts; ``real`` marks tokens that are not padding."""
 
     ids: Tensor
@@ -43,16 +56,6 @@ class LlavaPrompt:
         """Keyword arguments of the model."""
         given = {"input_ids": self.ids, "attention_mask": self.real.long()}
         return given if self.pixels is None else {**given, "pixel_values": self.pixels}
-
-    @property
-    def length(self) -> int:
-        """Padded prompt length."""
-        return self.ids.shape[1]
-
-    @property
-    def positions(self) -> Tensor:
-        """Position ids as ``generate`` numbers them."""
-        return (self.real.long().cumsum(1) - 1).clamp_min(0)
 
     def places(self) -> list[list[list[int]]]:
         """Per row and image, where its tokens stand."""
@@ -70,19 +73,6 @@ class LlavaPrompt:
         pixels = self.pixels[first : first + count] if self.pixels is not None and count else None
         ids = self.ids[index : index + 1, start:]
         return LlavaPrompt(ids, torch.ones_like(ids, dtype=torch.bool), pixels, (count,))
-
-    def dropped(self, kept: Sequence[Sequence[int]], site: Site = Site.POST_ENCODER) -> Tensor:
-        """``[B, L]`` True at dropped tokens. ``kept`` lists per image (after the encoder) or per sample with
-        images (in the decoder) the tokens that stay."""
-        mask = torch.zeros_like(self.real)
-        item = 0
-        for row, images in enumerate(self.places()):
-            merged = [sum(images, [])] if images else []
-            for tokens in images if site == Site.POST_ENCODER else merged:
-                mask[row, tokens] = True
-                mask[row, [tokens[i] for i in kept[item]]] = False
-                item += 1
-        return mask
 
 
 def make_prompt(
@@ -140,29 +130,3 @@ def fixed_keep(
     widths = [N] * sum(images) if where is None else [N * n for n in images if n]
     site = Site.POST_ENCODER if where is None else Site.DECODER_LAYER
     return FixedKeep(kept=pick_tokens(widths, ragged), site=site, layer=where, positions=positions)
-
-
-@torch.no_grad()
-def prefill(model: nn.Module, prompt: LlavaPrompt, **arguments: Any) -> Any:
-    """One forward over the prompt, with positions as ``generate`` gives them."""
-    return model(**prompt.inputs, position_ids=prompt.positions, **arguments)
-
-
-@torch.no_grad()
-def decode(model: nn.Module, prompt: LlavaPrompt, cache: Any, forced: Tensor, turn: bool = False) -> Tensor:
-    """Logits ``[B, S, V]`` of forced tokens ``[B, S]`` after the prompt: one at a time, or as one ``turn``."""
-    chunks = [forced] if turn else list(forced.split(1, dim=1))
-    real, start, logits = prompt.real.long(), prompt.positions[:, -1:], []
-    for chunk in chunks:
-        real = torch.cat([real, torch.ones_like(chunk)], 1)
-        steps = torch.arange(1, chunk.shape[1] + 1)[None]
-        out = model(
-            input_ids=chunk,
-            attention_mask=real,
-            position_ids=start + steps,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        start = start + chunk.shape[1]
-        logits.append(out.logits)
-    return torch.cat(logits, 1)

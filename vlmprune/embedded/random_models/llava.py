@@ -8,6 +8,7 @@ from torch import nn
 
 from vlmprune.embedded.random_models import tokens
 from vlmprune.embedded.random_models.sizes import Sizes
+from vlmprune.embedded.tiny_configs import random_llava
 
 TILE, PATCH = 24, 8
 """Side of a tile and of a patch in pixels: 3 x 3 tokens per tile."""
@@ -20,16 +21,16 @@ ONEVISION_TILES = 2
 
 def llava(sizes: Sizes) -> nn.Module:
     """A `LlavaForConditionalGeneration`: CLIP tower, Llama decoder, one view."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    vision = CLIPVisionConfig(**_vision(sizes), projection_dim=sizes.hidden)
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**sizes.text),
-        image_token_index=tokens.IMAGE_TOKEN_ID,
-        image_seq_length=(TILE // PATCH) ** 2,
+    return random_llava(
+        vision_depth=sizes.vision_depth,
+        text_layers=sizes.text_layers,
+        hidden=sizes.hidden,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        image_size=TILE,
+        patch_size=PATCH,
+        vocab_size=tokens.VOCAB_SIZE,
     )
-    return LlavaForConditionalGeneration(config)
 
 
 def llava_next(sizes: Sizes) -> nn.Module:
