@@ -124,8 +124,9 @@ def make_family_prompt(
     seed: int = 1,
     video: bool = False,
     sizes: tuple[Size, ...] | None = None,
+    between: int = 3,
 ) -> FamilyPrompt:
-    """Row ``b`` holds ``images[b]`` images, each followed by 3 text tokens.
+    """Row ``b`` holds ``images[b]`` images, followed by text (PaliGemma: before all text).
 
     Args:
         family: one of ``STYLES``.
@@ -136,6 +137,7 @@ def make_family_prompt(
         video: the last image of each row that has one is a video instead.
         sizes: height and width in pixels of the images of all rows, repeated if there are fewer; None means sizes
             that differ from image to image, where the family's processor keeps them.
+        between: text tokens between two images; 0 lets them stand side by side.
     """
     style = STYLES[family]
     draw = Draw(torch.Generator().manual_seed(seed), dtype)
@@ -148,11 +150,12 @@ def make_family_prompt(
         if video and count:
             assert style.video is not None, f"{family} takes no video"
             parts.append(style.video(draw, given[-1]))
-        rows.append(_row(style.images_first, parts, 2 * index * padded, draw.generator))
+        gap = 0 if style.images_first else between
+        rows.append(_row(style.images_first, parts, 2 * index * padded, gap, draw.generator))
     return FamilyPrompt(family, tuple(rows))
 
 
-def _row(images_first: bool, parts: list[Part], more: int, generator: torch.Generator) -> Row:
+def _row(images_first: bool, parts: list[Part], more: int, gap: int, generator: torch.Generator) -> Row:
     def text(count: int) -> list[int]:
         return torch.randint(t.FIRST_TEXT, t.LAST_TEXT + 1, (count,), generator=generator).tolist()
 
@@ -160,8 +163,8 @@ def _row(images_first: bool, parts: list[Part], more: int, generator: torch.Gene
     ids = [] if images_first else opening
     kinds, starts = [TEXT] * len(ids), []
     for part in parts:
-        starts.append(len(ids))
-        after = [] if images_first else text(3)
-        ids, kinds = ids + part.ids + after, kinds + part.kinds + [TEXT] * len(after)
-    closing = [*(opening if images_first else []), *([] if parts and not images_first else text(4))]
+        space = text(gap) if starts else []
+        starts.append(len(ids) + len(space))
+        ids, kinds = ids + space + part.ids, kinds + [TEXT] * len(space) + part.kinds
+    closing = [*(opening if images_first else []), *text(4)]
     return Row(ids + closing, kinds + [TEXT] * len(closing), parts, starts)

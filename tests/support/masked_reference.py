@@ -1,4 +1,7 @@
-"""The dense model with dropped tokens hidden: the reference of every pruning with original positions."""
+"""The dense model with dropped tokens hidden: the reference of every pruning with original positions.
+
+It knows nothing of the adapters: it edits the mask with which each decoder layer of an untouched model is called.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a ``...ForConditionalGeneration`` or of its base model."""
+    base = getattr(model, "model", model)
+    text = base.text_model if hasattr(base, "text_model") else base.language_model
+    return text.layers
 
 
 @contextmanager
@@ -47,17 +57,24 @@ def _mask(
     past = cache.get_seq_length(index) if cache is not None else 0
     if decode_only and past == 0:
         return None
-    queries = hidden.shape[1]
-    total = past + queries
+    total = past + hidden.shape[1]
     keys = torch.ones(hidden.shape[0], total, dtype=torch.bool)
-    length = real.shape[1]
     visible = real & ~dropped.get(index, torch.zeros_like(real))
-    keys[:, :length] = visible.repeat_interleave(hidden.shape[0] // real.shape[0], dim=0)
-    causal = torch.ones(queries, total, dtype=torch.bool).tril(past)
-    own = torch.zeros_like(causal)
-    own.diagonal(past).fill_(True)
-    allowed = (causal & keys[:, None]) | own
-    mask = allowed[:, None]
-    if module.self_attn.config._attn_implementation == "eager":
-        mask = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+    keys[:, : real.shape[1]] = visible.repeat_interleave(hidden.shape[0] // real.shape[0], dim=0)
+    given = kwargs.get("attention_mask")
+    mask = _allowed(given, hidden.shape[1], total) & keys[:, None, None]
+    mask = mask | torch.eye(total, dtype=torch.bool)[past:]  # every token sees itself
+    if given.is_floating_point() if given is not None else module.self_attn.config._attn_implementation == "eager":
+        kind = hidden.dtype if given is None else given.dtype
+        mask = torch.zeros(mask.shape, dtype=kind).masked_fill(~mask, torch.finfo(kind).min)
     return args, {**kwargs, "attention_mask": mask}
+
+
+def _allowed(given: Tensor | None, queries: int, total: int) -> Tensor:
+    """``[.., 1, queries, total]`` True where the model itself lets queries see keys; without a mask, up to themselves.
+
+    A mask that arrives holds more than causality: bidirectional images or prompts, sliding windows, padding.
+    """
+    if given is None:
+        return torch.ones(1, 1, queries, total, dtype=torch.bool).tril(total - queries)
+    return given if given.dtype == torch.bool else given == 0
