@@ -31,6 +31,8 @@ class Prefill:
         relative: ``[B, n]`` place of the current tokens in layer 0's sequence, None while they are the same.
         removed: ``[B, L]`` bool, dropped at a site with compact positions.
         visual: visual tokens left per row, known on the host.
+        lengths: tokens per row that each decoder layer works on.
+        entered: tokens of each image of the layout as they entered the decoder; empty for those of the layout.
         fields: carried per-token values ``[B, L, ...]``.
         signals: text signals recorded so far, each with the tokens that it is over.
         stage: keyword arguments prepared for the current tokens, per type of layer.
@@ -48,6 +50,7 @@ class Prefill:
     tokens: LayerTokens
     removed: Tensor
     visual: list[int]
+    lengths: list[int] = field(default_factory=list)
     cache: PrunedDynamicCache | None = None
     relative: Tensor | None = None
     fields: dict[str, Tensor] = field(default_factory=dict)
@@ -56,12 +59,20 @@ class Prefill:
     renumbered: bool = False
     deepstack: int = 0
     contents: tuple[str, ...] = ()
+    entered: tuple[int, ...] = ()
 
     @property
     def text(self) -> list[int]:
         """Real text tokens per row."""
         visual = self.layout.visual_per_row()
         return [real - count for real, count in zip(self.layout.real, visual, strict=True)]
+
+    def image_lengths(self, rows: list[int]) -> tuple[tuple[int, ...], ...]:
+        """Per row of ``rows`` the tokens of each of its images as they entered the decoder."""
+        images: dict[int, list[int]] = {row: [] for row in rows}
+        for image, length in zip(self.layout.images, self.entered or self.layout.lengths, strict=True):
+            images.get(image.sample, []).append(length)
+        return tuple(tuple(images[row]) for row in rows)
 
     def image_seeds(self, seed: int) -> tuple[int, ...]:
         """Seed of every image."""

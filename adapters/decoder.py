@@ -19,6 +19,7 @@ from vlmprune.core.context import Context
 from vlmprune.core.errors import SignalError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.selection import Selection
+from vlmprune.core.transition import Transition
 from vlmprune.kernels.gather import gather_tokens, pack_indices
 
 Seeds = Callable[[Any, list[int]], tuple[int, ...] | None]
@@ -53,8 +54,13 @@ def build_context(
         if signal not in call.signals:
             raise SignalError(f"{signal} was not recorded before layer {step.request.layer}.")
         recorded, value = call.signals[signal]
-        if isinstance(signal, s.AttentionRows):
+        if isinstance(signal, (s.AttentionRows, s.ProbeAttention)):
             return _columns(value[rows], recorded.rows(rows), original, valid)
+        if isinstance(signal, s.ModuleTransition):
+            there = recorded.rows(rows)
+            return Transition(*(part[rows] for part in value), there.valid, places_of(original, there))
+        if isinstance(signal, s.ColumnMass):
+            return _columns(value[rows, None], recorded.rows(rows), original, valid)[:, 0]
         return value[rows]
 
     carried = call.carry_in(rows, original)
@@ -70,6 +76,7 @@ def build_context(
         signals=site_signals(step, features if features is not None else valid, give, _unchanged),
         image_id=torch.where(valid, call.image_id[rows].gather(1, original), -1),
         position=torch.where(valid, position, -1),
+        image_lengths=call.image_lengths(row_list),
         sample=tuple(row_list),
         carry=carried,
         sizes=carried.get("sizes"),

@@ -18,7 +18,7 @@ FROM_TOWER = (
     s.Pixels,
 )
 FROM_PROMPT = (s.Projected, s.Projector, s.TextEmbeddings)
-FROM_ATTENTION = (s.GroupMass, s.AttentionRows)
+FROM_ATTENTION = (s.GroupMass, s.AttentionRows, s.ColumnMass)
 
 
 def why_missing(signal: s.Signal, request: SiteRequest, info: ModelInfo) -> str | None:
@@ -45,7 +45,9 @@ def _in_decoder(signal: s.Signal, request: SiteRequest) -> bool:
         return cut
     if isinstance(signal, s.Hidden):  # the tokens as they enter the layer
         return cut and signal.stack_name == "text" and signal.when == "in" and signal.layer == request.layer
-    if isinstance(signal, FROM_ATTENTION) and signal.stack_name == "text":
+    if isinstance(signal, s.ProbeAttention):  # of the layer before which the tokens are cut
+        return cut and signal.layer == request.layer
+    if isinstance(signal, (*FROM_ATTENTION, s.ModuleTransition)) and signal.stack_name == "text":
         return not cut or signal.layer < (request.layer or 0)
     return False
 

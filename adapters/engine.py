@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections import defaultdict
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from vlmprune.adapters import guards, tap
+from vlmprune.adapters import guards, recorders
 from vlmprune.adapters.cache import PrunedDynamicCache
 from vlmprune.adapters.encoding import EncodingRecorder
 from vlmprune.adapters.family import Family
@@ -19,9 +18,7 @@ from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.layout import PromptLayout
 from vlmprune.adapters.processor import pixel_scale
 from vlmprune.adapters.sites import needs_pixels, plan
-from vlmprune.adapters.text_signals import LayerRecorder
 from vlmprune.adapters.vision_family import PIXELS, VisionFamily
-from vlmprune.core import signals as s
 from vlmprune.core.errors import ActiveError
 from vlmprune.core.policy import Policy
 from vlmprune.core.report import Report
@@ -47,12 +44,12 @@ class Engine:
         self.steps = plan(policy, self.info)
         self.enabled = True
         self.last_error: BaseException | None = None
-        wanted = {signal for step in self.steps for signal in step.request.signals}
+        self._wanted = {signal for step in self.steps for signal in step.request.signals}
         draws = any(step.policy.is_random(self.info) for step in self.steps)
         self.encoder: EncodingRecorder | None = None
         if isinstance(family, VisionFamily):
             scale = pixel_scale(processor) if needs_pixels(self.steps) else None
-            self.encoder = EncodingRecorder(family, wanted, digests=draws, scale=scale)
+            self.encoder = EncodingRecorder(family, self._wanted, digests=draws, scale=scale)
         self.forward = TextForward(family, self.info, policy, self.steps, self.encoder, restore_length)
         self._hooks = HookStack()
         self._active = any(step.request.site != Site.IMAGE for step in self.steps)
@@ -100,19 +97,8 @@ class Engine:
         self._hooks.after(self.family.text_model, self._after_text, always=True, prepend=True)
         if self.encoder is not None:
             self.encoder.install(self._hooks)
-        self._install_taps()
+        self.forward.probes = recorders.install(self.family, self._wanted, self.forward.prefill, self._hooks)
         self._install_layers()
-
-    def _install_taps(self) -> None:
-        """Tap the decoder layers whose attention a step asks for."""
-        wanted: dict[int, set[s.Signal]] = defaultdict(set)
-        for step in self.steps:
-            for signal in step.request.signals:
-                if isinstance(signal, (s.GroupMass, s.AttentionRows)):
-                    wanted[signal.layer].add(signal)
-        for layer, signals in wanted.items():
-            recorder = LayerRecorder(tuple(signals), self.forward.prefill)
-            tap.install(self.family.text_attention(layer), recorder, self._hooks)
 
     def _install_layers(self) -> None:
         """Hook the layers whose tokens may differ from layer 0's: from the first cut on, all if caches are evicted."""

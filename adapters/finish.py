@@ -10,6 +10,8 @@ from torch import Tensor
 from vlmprune.adapters.cache import DynamicCache
 from vlmprune.adapters.call import Prefill
 from vlmprune.adapters.sites import Step
+from vlmprune.core.flops import decoder_flops
+from vlmprune.core.info import ModelInfo
 from vlmprune.core.sites import Site
 
 
@@ -26,6 +28,14 @@ def measure_cache(call: Prefill, output: Any) -> None:
         2 * k.shape[0] * k.shape[1] * k.shape[3] * k.element_size() * call.layout.length
         for k in (layer.keys for layer in stored)
     )
+
+
+def measure_flops(call: Prefill, info: ModelInfo) -> None:
+    """Write tokens and FLOPs of the decoder layers into the report."""
+    report, rows = call.report, call.layout.rows
+    report.lengths_per_layer = tuple(call.lengths)
+    report.decoder_flops = decoder_flops(info, call.lengths, rows)
+    report.decoder_flops_dense = decoder_flops(info, [call.layout.length] * len(call.lengths), rows)
 
 
 def warn_if_inactive(call: Prefill, steps: tuple[Step, ...], warned: bool) -> bool:

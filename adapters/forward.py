@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from vlmprune.adapters.call import Decode, Prefill
 from vlmprune.adapters.encoding import EncodingRecorder
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.layout import PromptLayout
+from vlmprune.adapters.probe import LayerProbe
 from vlmprune.adapters.sites import Step
 from vlmprune.adapters.source import SignalSource
 from vlmprune.adapters.vision_family import VisionFamily
@@ -21,6 +23,7 @@ from vlmprune.core.errors import UnsupportedError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.core.report import ImageRecord, Report
+from vlmprune.core.signals import ProbeAttention
 from vlmprune.core.sites import Site
 
 
@@ -30,6 +33,9 @@ class TextForward:
     Args:
         family, info: the model. policy, steps: what to do. encoder: where image signals come from.
         restore_length: give the output the prompt's full length again.
+
+    Attributes:
+        probes: of the layers whose attention a step asks for before they run.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class TextForward:
         self.call: Prefill | Decode | None = None
         self.report: Report | None = None
         self.sample_ids: list[str] | None = None
+        self.probes: Mapping[int, LayerProbe] = {}
 
     def prefill(self) -> Prefill | None:
         """The current call if it is a prefill."""
@@ -75,6 +82,7 @@ class TextForward:
             reduced = prompt.reduce_images(steps, call, embeds, self._info, source)
             if reduced is not None:
                 kwargs = prompt.shorten(kwargs, call, *reduced, self._mask_form)
+        call.lengths = [call.tokens.length] * (self._info.text_depth or 0)
         return self._with_cache(call, kwargs)
 
     def begin_decode(self, cache: caches.PrunedDynamicCache, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +123,9 @@ class TextForward:
         hidden = deepstack.add(call, index, hidden)
         for step in self._steps:
             if step.request.site == Site.DECODER_LAYER and step.request.layer == index:
+                self._probe(step, call, hidden, kwargs)
                 hidden = decoder.cut(step, call, hidden, self._info, self._family.text_model.norm, self._seeds)
+        call.lengths[index] = call.tokens.length
         if call.cache is not None:
             call.cache.prompt.layers[index] = call.tokens
         if call.relative is not None:
@@ -132,10 +142,20 @@ class TextForward:
                 if step.request.site == Site.KV_CACHE:
                     decoder.evict(step, call, self._info, self._seeds)
         finish.measure_cache(call, output)
+        finish.measure_flops(call, self._info)
         self._warned = finish.warn_if_inactive(call, self._steps, self._warned)
         if not self._restore_length or call.tokens.length == call.layout.length:
             return output
         return finish.restore_output(output, call)
+
+    def _probe(self, step: Step, call: Prefill, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Read the attention of the coming layer over the tokens that a step will cut, if it asks for it."""
+        if not any(isinstance(signal, ProbeAttention) for signal in step.request.signals) or not any(call.visual):
+            return
+        if call.relative is not None:
+            layer = step.request.layer or 0
+            kwargs = decoder.prefill_kwargs(call, layer, kwargs, hidden, self._family, self._mask_form)
+        self.probes[step.request.layer or 0].run(hidden, kwargs)
 
     def close(self) -> None:
         """Forget the call; also after an error."""

@@ -77,6 +77,7 @@ def reduce_images(
         history.append(selection)
         newlines = None if newlines is None else newlines.after(selection)
         views = ((),) * len(lengths) if newlines is None else newlines.cells(lengths)
+    call.entered = lengths
     if lengths == layout.lengths and all(selection.is_pruning for selection in history):
         return None
     call.visual = [0] * layout.rows

@@ -14,7 +14,19 @@ from vlmprune.core.errors import InputError, UnsupportedError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.sites import Site
 
-TEXT_SIGNALS = frozenset({s.Projected, s.TextEmbeddings, s.AttentionRows, s.GroupMass, s.FinalNorm, s.Hidden})
+TEXT_SIGNALS = frozenset(
+    {
+        s.Projected,
+        s.TextEmbeddings,
+        s.AttentionRows,
+        s.ColumnMass,
+        s.GroupMass,
+        s.FinalNorm,
+        s.Hidden,
+        s.ModuleTransition,
+        s.ProbeAttention,
+    }
+)
 DECODERS = ("Llama", "Qwen2", "Mistral")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,18 +10,33 @@ from torch import Tensor, nn
 
 from vlmprune.adapters.call import Prefill
 from vlmprune.core import signals as s
-from vlmprune.kernels.column_mass import attention_rows, group_mass
+from vlmprune.kernels.column_mass import attention_rows, column_mass, group_mass
 
 TEXT_ROWS, VISUAL_ROWS = 0, 1
 SYSTEM_COLUMNS, TEXT_COLUMNS, VISUAL_COLUMNS = 0, 1, 2
 
 
-class LayerRecorder:
-    """The tap's recorder of one decoder layer."""
+class Probed(Exception):
+    """Ends the run of a layer that was only asked for its queries and keys."""
 
-    def __init__(self, wanted: tuple[s.Signal, ...], current: Callable[[], Prefill | None]) -> None:
-        self._wanted = wanted
+
+class LayerRecorder:
+    """The tap's recorder of one decoder layer.
+
+    Args:
+        wanted: the layer's signals.
+        current: gives the prefill under way, None outside one.
+
+    Attributes:
+        probing: the layer runs for its ``ProbeAttention`` signals only.
+    """
+
+    def __init__(self, wanted: Iterable[s.Signal], current: Callable[[], Prefill | None]) -> None:
+        self._wanted: dict[bool, list[s.Signal]] = {False: [], True: []}
+        for signal in wanted:
+            self._wanted[isinstance(signal, s.ProbeAttention)].append(signal)
         self._current = current
+        self.probing = False
 
     def record(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, options: dict[str, Any]
@@ -30,22 +45,27 @@ class LayerRecorder:
         if call is None:
             return
         with torch.no_grad():
-            for signal in self._wanted:
+            for signal in self._wanted[self.probing]:
                 value = text_signal(signal, call, query.detach(), key.detach(), mask, scale)
                 call.signals[signal] = (call.tokens, value)
+        if self.probing:
+            raise Probed
 
 
 def text_signal(signal: s.Signal, call: Prefill, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Any:
     """One signal over the current tokens.
 
-    ``GroupMass`` is ``[B, 2, 3]``; ``AttentionRows`` is ``[B, R, n]`` over all current tokens, from which the caller
-    takes the visual ones.
+    ``GroupMass`` is ``[B, 2, 3]``; ``AttentionRows`` and ``ProbeAttention`` are ``[B, R, n]`` and ``ColumnMass``
+    ``[B, n]`` over all current tokens, from which the caller takes the visual ones. Padding counts as no query row.
     """
     masking = masking_of(call, mask)
     if isinstance(signal, s.GroupMass):
         rows, columns = groups(call)
         return group_mass(query, key, rows, columns, n_query_groups=2, n_key_groups=3, scale=scale, **masking)
-    assert isinstance(signal, s.AttentionRows)
+    if isinstance(signal, s.ColumnMass):
+        weight = call.tokens.valid.to(query.dtype)
+        return column_mass(query, key, row_weight=weight, reduce=signal.reduce, scale=scale, **masking)
+    assert isinstance(signal, (s.AttentionRows, s.ProbeAttention))
     return attention_rows(query, key, row_places(signal, call), scale=scale, **masking).mean(1)
 
 
@@ -70,7 +90,7 @@ def groups(call: Prefill) -> tuple[Tensor, Tensor]:
     return torch.where(tokens.valid, rows, -1), torch.where(tokens.valid, columns, -1)
 
 
-def row_places(signal: s.AttentionRows, call: Prefill) -> Tensor:
+def row_places(signal: s.AttentionRows | s.ProbeAttention, call: Prefill) -> Tensor:
     """``[B, R]`` query places in the current sequence, -1 fill."""
     tokens = call.tokens
     places = torch.arange(tokens.length, device=tokens.index.device).expand_as(tokens.index)

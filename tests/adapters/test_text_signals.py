@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +28,13 @@ WANTED = (
     s.AttentionRows("text", 2, "last"),
     s.AttentionRows("text", 2, "text_after"),
     s.AttentionRows("text", 1, "last"),
+    s.ColumnMass("text", 2, "mean"),
+    s.ColumnMass("text", 1, "sum"),
+    s.ProbeAttention(CUT, "last"),
+    s.ProbeAttention(CUT, "text_after"),
+    s.ModuleTransition(0, "mlp"),
+    s.ModuleTransition(2, "attn"),
+    s.ModuleTransition(2, "mlp"),
     s.FinalNorm(),
     s.Hidden("text", CUT, "in"),
 )
@@ -40,7 +50,8 @@ class EagerDecoder:
 
     def __init__(self, model: nn.Module, prompt: LlavaPrompt, gone: dict[int, Tensor] | None = None) -> None:
         self.prompt, self.gone = prompt, gone or {}
-        with hidden_keys(model.model.language_model.layers, self.gone, prompt.real):
+        layers = model.model.language_model.layers
+        with hidden_keys(layers, self.gone, prompt.real), watched(layers) as self.modules:
             self.out = prefill(model, prompt, output_attentions=True, output_hidden_states=True)
 
     def left(self, layer: int, row: int) -> Tensor:
@@ -76,6 +87,40 @@ class EagerDecoder:
             chosen = (left & after & ~self.visual(row)).nonzero()[:, 0]
         return self.attention(layer, row)[chosen]
 
+    def column_mass(self, layer: int, row: int) -> Tensor:
+        """``[L]`` attention received from all real tokens."""
+        return self.attention(layer, row)[self.left(layer, row)].sum(0)
+
+    def transition(self, layer: int, module: str, row: int) -> tuple[Tensor, Tensor]:
+        """Norm ratio and cosine of a row's tokens, ``[L]`` each, in float64."""
+        before, after = (self.modules[layer, name][row].double() for name in MODULES[module])
+        lengths = before.square().sum(-1).sqrt(), after.square().sum(-1).sqrt()
+        return lengths[1] / lengths[0], (before * after).sum(-1) / (lengths[0] * lengths[1])
+
+
+# Whose outputs are what enters a module, and what is added to the residual stream.
+MODULES = {"attn": ("input_layernorm", "self_attn"), "mlp": ("post_attention_layernorm", "mlp")}
+
+
+@contextmanager
+def watched(layers: Any) -> Iterator[dict[tuple[int, str], Tensor]]:
+    """Outputs ``[B, L, D]`` of the layers' norms and modules in the next forward."""
+    seen: dict[tuple[int, str], Tensor] = {}
+
+    def see(key: tuple[int, str], module: nn.Module, args: Any, output: Any) -> None:
+        seen[key] = output[0] if isinstance(output, tuple) else output
+
+    handles = [
+        getattr(layer, name).register_forward_hook(partial(see, (index, name)))
+        for index, layer in enumerate(layers)
+        for name in sum(MODULES.values(), ())
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
 
 def record(model: nn.Module, prompt: LlavaPrompt, signals: tuple[s.Signal, ...], *before: FixedKeep) -> Context:
     policy = Recording(wanted=signals, site=Site.DECODER_LAYER, layer=CUT)
@@ -108,6 +153,22 @@ def check(context: Context, eager: EagerDecoder, model: nn.Module) -> None:
             assert close(got[len(got) - len(expected) :, :n], expected), (layer, which)
             assert not got[: len(got) - len(expected)].any()
             assert not got[:, n:].any()
+        mass = eager.column_mass(2, row)[stay] / eager.left(2, row).sum()
+        assert close(context.signal(s.ColumnMass("text", 2, "mean"))[item, :n], mass)
+        assert close(context.signal(s.ColumnMass("text", 1, "sum"))[item, :n], eager.column_mass(1, row)[stay])
+        for which in ("last", "text_after"):
+            got = context.signal(s.ProbeAttention(CUT, which))[item]
+            expected = eager.rows(CUT, row, which)[:, stay]
+            assert close(got[len(got) - len(expected) :, :n], expected), which
+            assert not got[: len(got) - len(expected)].any() and not got[:, n:].any()
+        for layer, module in ((0, "mlp"), (2, "attn"), (2, "mlp")):
+            got = context.signal(s.ModuleTransition(layer, module))
+            left = eager.left(layer, row)
+            assert int(got.valid[item].sum()) == int(left.sum())
+            for value, expected in zip(got[:2], eager.transition(layer, module, row), strict=True):
+                assert value.dtype == torch.float32
+                assert close(value[item][got.valid[item]].double(), expected[left]), (layer, module)
+                assert close(value[item][got.place[item][:n]].double(), expected[stay]), (layer, module)
     norm = context.signal(s.FinalNorm())
     assert norm is model.model.language_model.norm
 
@@ -179,10 +240,13 @@ def test_shares_of_a_causal_decoder() -> None:
         s.GroupMass(CUT),
         s.AttentionRows("text", CUT, "last"),
         s.AttentionRows("text", 9, "last"),
+        s.ColumnMass("text", CUT),
         s.Hidden("text", 1, "in"),
         s.Hidden("text", CUT, "out"),
         s.ColumnMass("vision", 1),
-        s.ProbeAttention(CUT),
+        s.ProbeAttention(CUT - 1),
+        s.ProbeAttention(CUT + 1),
+        s.ModuleTransition(CUT, "attn"),
         s.DecodeRows(1),
     ],
     ids=str,

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from golden_io import Case
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
+from golden_llama import llama, record_lengths
+from torch import Tensor
 
 from vlmprune.core.context import Context
 from vlmprune.core.selection import Selection
@@ -79,40 +79,6 @@ class Recorded(ToDRE):
         assert context.layer is not None
         self.ratios.append(mass_shares(context.signal(GroupMass(context.layer - 1))))
         return super().select_decoder_layer(context)
-
-
-def llama(case: Case) -> LlamaModel:
-    """The case's decoder: stock transformers code with the stored weights."""
-    weights = {name: torch.from_numpy(value) for name, value in case.group("weights").items()}
-    width, heads = weights["norm.weight"].numel(), case.integer("num_heads")
-    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
-    config = LlamaConfig(
-        vocab_size=8,
-        hidden_size=width,
-        intermediate_size=len(weights["layers.0.mlp.gate_proj.weight"]),
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        num_key_value_heads=len(weights["layers.0.self_attn.k_proj.weight"]) // (width // heads),
-        rms_norm_eps=float(case.params["rms_norm_eps"]),
-        rope_theta=float(case.params["rope_theta"]),
-        attn_implementation="sdpa",
-    )
-    model = LlamaModel(config).eval()
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected and missing == ["embed_tokens.weight"]
-    return model
-
-
-def record_lengths(model: LlamaModel) -> list[int]:
-    """Sequence length that enters each layer, filled by the next forward (behind all hooks so far)."""
-    lengths: list[int] = []
-
-    def spy(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        lengths.append(args[0].shape[1])
-
-    for layer in model.layers:
-        layer.register_forward_pre_hook(spy)
-    return lengths
 
 
 @pytest.mark.golden("todre", "e2e")

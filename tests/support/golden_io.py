@@ -53,6 +53,8 @@ class KindRule:
 KINDS: Mapping[str, KindRule] = MappingProxyType(
     {
         "baselines": KindRule(sites=("downsample", "vtc"), default="reference"),
+        "fastv": KindRule(default="reference"),
+        "divprune": KindRule(default="set"),
         "hiprune": KindRule(sites=("llava", "llava_next", "qwen", "qwen_reduce")),
         "kernels": KindRule(prefixes=("kcenter", "dpp", "colmass")),
         "todre": KindRule(prefixes=("select", "ratio", "e2e")),

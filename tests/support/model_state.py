@@ -65,5 +65,12 @@ def tower_signals() -> Recording:
 
 
 def decoder_signals() -> Recording:
-    """Asks for attention of decoder layers, from layer 2."""
-    return Recording(wanted=(s.GroupMass(1), s.AttentionRows("text", 0)), site=Site.DECODER_LAYER, layer=2)
+    """Asks for signals of decoder layers, from layer 2, so that all kinds of hooks and taps are in place."""
+    wanted = (
+        s.GroupMass(1),
+        s.AttentionRows("text", 0),
+        s.ModuleTransition(1, "attn"),
+        s.ModuleTransition(0, "mlp"),
+        s.ProbeAttention(2, "text_after"),
+    )
+    return Recording(wanted=wanted, site=Site.DECODER_LAYER, layer=2)

@@ -15,7 +15,13 @@ import pytest
 
 # Name -> parameter sets. They reduce something on every model that runs the policy, from 4 decoder layers on.
 MATRIX: dict[str, tuple[dict[str, Any], ...]] = {
+    "divprune": ({"keep": 0.3}, {"keep": 4, "newline": "protect"}),
     "downsample": ({"keep": 0.25}, {"factor": 3.0, "jpeg": True}),
+    "fastv": (
+        {"keep": 0.3},
+        {"keep": 4, "layer": 3},
+        {"keep": 0.5, "layer": 0.5, "score": "mean_all", "per_image": True},
+    ),
     "grid": ({"keep": 0.3}, {"keep": 4}),
     "grid_pool": ({"keep": 0.3}, {"keep": 4}),
     "hiprune": (

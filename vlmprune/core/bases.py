@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmprune.core.budget import Rounding
 from vlmprune.core.context import Context, ViewGroup
 from vlmprune.core.errors import InputError
+from vlmprune.core.image_counts import sample_counts
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.core.selection import Selection
@@ -150,8 +151,7 @@ class StagedPolicy(Policy):
     def select_decoder_layer(self, context: Context) -> Selection:
         """Keep the highest scores of the stage."""
         stage = self.stage_of(context)
-        budget = self.budget.part(stage)
-        counts = tuple(budget.count(n) for n in context.lengths)
+        counts = sample_counts(context, context.budget.part(stage))
         return keep_highest(self.stage_scores(context, stage), context.valid, counts)
 
 

@@ -39,6 +39,7 @@ class Context:
         pinned: ``[I, N]`` those newline tokens, None where they compete with all others for the budget.
         image_id: ``[I, N]`` image of each token inside the sample, -1 for padding (decoder sites).
         position: ``[I, N]`` place of each token in the current sequence, padding not counted (decoder sites).
+        image_lengths: per item the tokens of each of its images as they entered the decoder (decoder sites).
         sample: sample that each item belongs to.
         sizes: ``[I, N]`` patches that each token stands for.
         carry: per-token values kept by earlier selections of this forward.
@@ -62,6 +63,7 @@ class Context:
     pinned: Tensor | None = None
     image_id: Tensor | None = None
     position: Tensor | None = None
+    image_lengths: tuple[tuple[int, ...], ...] = ()
     sample: tuple[int, ...] = ()
     sizes: Tensor | None = None
     carry: Mapping[str, Tensor] = field(default_factory=dict)

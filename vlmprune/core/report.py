@@ -25,6 +25,9 @@ class Report:
         images: the batch's images, those of a sample in order.
         sites: selections in the order in which they happened.
         text_depth: decoder layers.
+        lengths_per_layer: tokens per row that each decoder layer worked on, text and padding included.
+        decoder_flops, decoder_flops_dense: FLOPs of the decoder layers over the prompt, pruned and unpruned, by
+            :func:`vlmprune.core.flops.decoder_flops`; None where the model's sizes are not known.
         kv_bytes_per_layer: bytes of keys and values after the prefill, per layer; None without a cache.
         kv_bytes_per_layer_dense: what the dense model stores for the same prompt.
         geometry: how the images were resized or cut, where a policy changed it.
@@ -38,6 +41,9 @@ class Report:
     images: tuple[ImageRecord, ...] = ()
     sites: list[SiteRecord] = field(default_factory=list)
     text_depth: int = 0
+    lengths_per_layer: tuple[int, ...] = ()
+    decoder_flops: float | None = None
+    decoder_flops_dense: float | None = None
     kv_bytes_per_layer: tuple[int, ...] | None = None
     kv_bytes_per_layer_dense: tuple[int, ...] | None = None
     geometry: list[dict[str, Any]] = field(default_factory=list)
@@ -145,6 +151,9 @@ class Report:
             "mean_kept_layers": self.mean_kept_layers,
             "layers_used": self.layers_used,
             "sites": [record.summary() for record in self.sites],
+            "lengths_per_layer": list(self.lengths_per_layer),
+            "decoder_flops": self.decoder_flops,
+            "decoder_flops_dense": self.decoder_flops_dense,
             "kv_bytes": self.kv_bytes,
             "kv_bytes_dense": self.kv_bytes_dense,
             "kv_bytes_per_layer": None if self.kv_bytes_per_layer is None else list(self.kv_bytes_per_layer),

@@ -35,7 +35,8 @@ class Signal:
 
 @dataclass(frozen=True)
 class ColumnMass(Signal):
-    """Attention received by each visual token: over all query rows (a CLS row included), ``[I, N]``."""
+    """Attention received by each visual token, ``[I, N]``: over all query rows, in the tower (a CLS row
+    included) or in a decoder layer (text rows included, padding not)."""
 
     stack: Stack
     layer: int
@@ -153,7 +154,11 @@ class AttentionRows(Signal):
 
 @dataclass(frozen=True)
 class ProbeAttention(Signal):
-    """Rows of the *coming* layer's attention, from its norm, projections and rotary tables, ``[I, R, N]``."""
+    """Rows of the attention over the visual tokens, ``[I, R, N]``, in the *coming* layer: the one before which the
+    tokens are cut, by its own norm, projections, rotary tables and mask, on the tokens as they are before the cut.
+
+    ``rows`` as in :class:`AttentionRows`.
+    """
 
     per_token: ClassVar[bool] = False
     layer: int
@@ -174,7 +179,12 @@ class GroupMass(Signal):
 
 @dataclass(frozen=True)
 class ModuleTransition(Signal):
-    """Norm ratio and cosine between a module's input and output, a pair of ``[I, N]``."""
+    """Norm ratio and cosine between a module's input and output, a
+    :class:`~vlmprune.core.transition.Transition`.
+
+    The input is what the module is given, behind its norm; the output is what is added to the residual stream
+    (behind a second norm, where the layer has one).
+    """
 
     per_token: ClassVar[bool] = False
     layer: int

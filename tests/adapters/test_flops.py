@@ -1,0 +1,47 @@
+"""The report's decoder FLOPs equal what PyTorch's counter sees in the decoder layers, layer by layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from family_prompts import make_family_prompt, prefill
+from fixed_policy import FixedKeep
+from llava_prompts import pick_tokens
+from torch.utils.flop_counter import FlopCounterMode
+
+import vlmprune
+from vlmprune.core.sites import Site
+from vlmprune.embedded.random_models import random_vlm
+
+FAMILIES = ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3", "paligemma"]
+
+
+def counted(model: torch.nn.Module, prompt: object) -> int:
+    """FLOPs of all decoder layers in one forward over the prompt."""
+    base = model.model
+    text = getattr(base, "language_model", None) or base.text_model
+    name = next(name for name, module in model.named_modules() if module is text)
+    with FlopCounterMode(display=False, depth=20) as counter:
+        prefill(model, prompt)
+    counts = counter.get_flop_counts()
+    root = type(model).__name__
+    return sum(sum(counts[f"{root}.{name}.layers.{i}"].values()) for i in range(len(text.layers)))
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_formula_equals_counter(family: str, layer: int | None) -> None:
+    model = random_vlm(family)
+    prompt = make_family_prompt(family, (1, 1), padded=True)
+    site = Site.POST_ENCODER if layer is None else Site.DECODER_LAYER
+    kept = pick_tokens(prompt.widths(site))
+    dense = counted(model, prompt)
+    with vlmprune.applied(model, FixedKeep(kept=kept, site=site, layer=layer)) as handle:
+        pruned = counted(model, prompt)
+        report = handle.last
+    assert report.decoder_flops_dense == dense
+    assert report.decoder_flops == pruned < dense
+    assert report.summary()["decoder_flops"] == pruned
+    depth = handle.info.text_depth
+    expected = [prompt.length] * (layer or 0) + [max(report.lengths_per_layer[layer or 0 :])] * (depth - (layer or 0))
+    assert list(report.lengths_per_layer) == expected

@@ -1,0 +1,31 @@
+"""FLOPs of a decoder's prefill: what a FLOP counter sees, by formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlmprune.core.info import ModelInfo
+
+
+def decoder_flops(info: ModelInfo, lengths: Sequence[int], rows: int = 1) -> float | None:
+    """FLOPs (2 per multiply-add) of the decoder layers over a prompt.
+
+    Per layer with n tokens, width d, H heads and G key heads of size h, and an MLP of width m with a gate:
+    ``2 n d h (2 H + 2 G) + 6 n d m + 4 n^2 H h``. Attention counts the full square of scores, as PyTorch's FLOP
+    counter does for fused attention (the causal half that is computed costs half as much). Norms, rotary embedding,
+    softmax, the embedding table and the LM head are left out.
+
+    Args:
+        info: the model.
+        lengths: tokens that enter each layer, padding included.
+        rows: batch size.
+
+    Returns:
+        The FLOPs, None where the model's sizes are not known or its layers have no gated MLP.
+    """
+    sizes = (info.text_hidden, info.text_heads, info.text_kv_heads, info.text_head_dim, info.text_ffn)
+    if None in sizes:
+        return None
+    width, heads, kv_heads, head_dim, ffn = (size or 0 for size in sizes)
+    per_token = 2 * width * head_dim * (2 * heads + 2 * kv_heads) + 6 * width * ffn
+    return float(rows * sum(n * per_token + 4 * n * n * heads * head_dim for n in lengths))
