@@ -65,7 +65,7 @@ def numbers(family: str, start: int, stop: int) -> Tensor:
 def short_rollout(
     model: nn.Module, prompt: FamilyPrompt, row: int, stay: Tensor, forced: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The dense decoder on one row's kept embeddings: logits of the prompt ``[n, V]`` and of forced tokens ``[S, V]``."""
+    """The dense decoder on one row's kept embeddings: logits ``[n, V]`` of the prompt, ``[S, V]`` of forced tokens."""
     text = text_model(model)
     [call] = spied(model, text, lambda: prefill(model, prompt))
     n = int(stay.sum())
