@@ -59,7 +59,7 @@ def decode(
     branch_mask = torch.full((length, length), minus, dtype=dtype).triu(1)
     watched = x.new_zeros(())
     for number, layer in enumerate(decoder.layers):
-        normed = _rms(x, layer.input_layernorm).to(dtype)
+        normed = rms_norm(x, layer.input_layernorm).to(dtype)
         attention = layer.self_attn
         q, k, v = (
             F.linear(normed, m.weight.to(dtype)).view(batch, -1, heads, head_dim).transpose(1, 2)
@@ -80,11 +80,11 @@ def decode(
         mixed = (on_prefix.flatten(2, 3) @ v_prefix) + (on_own @ v_branch).flatten(2, 3)
         out = torch.cat([own, mixed], dim=2).transpose(1, 2).reshape(batch, -1, width)
         x = x + F.linear(out, attention.o_proj.weight.to(dtype))
-        normed = _rms(x, layer.post_attention_layernorm).to(dtype)
+        normed = rms_norm(x, layer.post_attention_layernorm).to(dtype)
         gate = F.relu(F.linear(normed, layer.mlp.gate_proj.weight.to(dtype)))
         hidden = gate * F.linear(normed, layer.mlp.up_proj.weight.to(dtype))
         x = x + F.linear(hidden, layer.mlp.down_proj.weight.to(dtype))
-    hidden = _rms(x[:, n_prefix:], decoder.norm).view(batch, n_branch, length, width)
+    hidden = rms_norm(x[:, n_prefix:], decoder.norm).view(batch, n_branch, length, width)
     return DecoderOutput(hidden, watched.permute(0, 2, 1, 3, 4).float())
 
 
@@ -122,5 +122,6 @@ class _RmsNorm(torch.autograd.Function):
         return (grad * weight).addcmul_(unit, inner, value=-1.0).mul_(inverse), grad_weight, None
 
 
-def _rms(x: Tensor, norm: Any) -> Tensor:
+def rms_norm(x: Tensor, norm: Any) -> Tensor:
+    """RMS norm with the weight and epsilon of a stock norm module."""
     return _RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
