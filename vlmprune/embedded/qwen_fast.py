@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fastdecoder import rms_norm, rotate
+from .fastdecoder import linear, rms_norm, rotate
 from .fastpath import CENTRE, PIXEL_MEAN, PIXEL_STD
 
 VISION_THETA = 10000.0
@@ -41,22 +41,31 @@ def visual_tokens(visual: Any, images: Tensor, dtype: torch.dtype = torch.bfloat
     Returns:
         float32 `[B, h, w, C]`, one row per visual token, in raster order.
     """
+    return merge_cells(visual.merger, tower_cells(visual, images, dtype), dtype)
+
+
+def tower_cells(visual: Any, images: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Output of the last block, the patches of a visual token side by side: float32 `[B, h, w, 4, D]`."""
     config = visual.config
     merge, patch = config.spatial_merge_size, config.patch_size
-    x = _embed(visual, cut_patches(images, patch, merge), dtype)  # [B, h, w, 4, D]
-    batch, rows, columns, _, width = x.shape
+    x = _embed(visual, cut_patches(images, patch, merge), dtype)
+    rows, columns, width = x.shape[1], x.shape[2], x.shape[-1]
     turns = _rotary(rows, columns, merge, width // config.num_heads, dtype)
     side = config.window_size // (patch * merge)
     for number, block in enumerate(visual.blocks):
         normed = rms_norm(x, block.norm1).to(dtype)
         mixed = _attend(block.attn, normed, turns, None if number in config.fullatt_block_indexes else side)
-        x = x + _linear(mixed, block.attn.proj)
+        x = x + linear(mixed, block.attn.proj)
         normed = rms_norm(x, block.norm2).to(dtype)
-        hidden = F.relu(_linear(normed, block.mlp.gate_proj)) * _linear(normed, block.mlp.up_proj)
-        x = x + _linear(hidden, block.mlp.down_proj)
-    merger = visual.merger
-    joined = rms_norm(x, merger.ln_q).to(dtype).reshape(batch, rows, columns, -1)
-    return _linear(F.gelu(_linear(joined, merger.mlp[0])), merger.mlp[2]).float()
+        hidden = F.relu(linear(normed, block.mlp.gate_proj)) * linear(normed, block.mlp.up_proj)
+        x = x + linear(hidden, block.mlp.down_proj)
+    return x
+
+
+def merge_cells(merger: Any, cells: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The stock merger on `[..., 4, D]`: float32 `[..., C]`."""
+    joined = rms_norm(cells, merger.ln_q).to(dtype).flatten(-2)
+    return linear(F.gelu(linear(joined, merger.mlp[0])), merger.mlp[2]).float()
 
 
 def _embed(visual: Any, patches: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,7 +95,7 @@ def _attend(attention: Any, x: Tensor, turns: tuple[Tensor, Tensor], side: int |
     batch, rows, columns, parts, width = x.shape
     heads = attention.num_heads
     head_dim = width // heads
-    qkv = _linear(x, attention.qkv).view(batch, rows, columns, parts, 3, heads, head_dim)
+    qkv = linear(x, attention.qkv).view(batch, rows, columns, parts, 3, heads, head_dim)
     cos, sin = (t[..., None, :, :] for t in turns)
     qk = rotate(qkv[..., :2, :, :], cos, sin)
     q, k, v = qk[..., 0, :, :] * (1 / math.sqrt(head_dim)), qk[..., 1, :, :], qkv[..., 2, :, :]
@@ -120,6 +129,35 @@ def _softmax_mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (torch.softmax(q @ k.transpose(2, 3), dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
-def _linear(x: Tensor, linear: Any) -> Tensor:
-    bias = None if linear.bias is None else linear.bias.to(x.dtype)
-    return F.linear(x, linear.weight.to(x.dtype), bias)
+def mrope_tables(
+    positions: Tensor, head_dim: int, sections: tuple[int, ...], theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine `[B, 1, T, D]` of the decoder's rotary embedding for positions `[3, B, T]`.
+
+    The frequencies of a head are dealt out to time, height and width in `sections`, which add up to `D / 2`.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections))
+    angle = positions[axis].permute(1, 2, 0).float() * frequency  # [B, T, D / 2]
+    angle = torch.cat([angle, angle], dim=-1)[:, None]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def prompt_positions(
+    kept: Tensor, grid: tuple[int, int], before: int, after: int, branches: tuple[int, int]
+) -> Tensor:
+    """Positions `[3, B, before + V + after + Q * T]` that Qwen2.5-VL gives to a prompt with one image.
+
+    Args:
+        kept: numbers of the visual tokens present `[B, V]`, ascending; pruning leaves positions as they were.
+        grid: rows and columns of visual tokens.
+        before: text tokens before the image.
+        after: text tokens between image and branches.
+        branches: number of branches and their length; each continues right after the prefix.
+    """
+    rows, columns = grid
+    visual = before + torch.stack([torch.zeros_like(kept), kept // columns, kept % columns])
+    start = before + max(rows, columns)
+    tail = torch.cat([torch.arange(after), after + torch.arange(branches[1]).repeat(branches[0])]) + start
+    shape = (3, len(kept), -1)
+    return torch.cat([torch.arange(before).expand(shape), visual, tail.expand(shape)], dim=-1)

@@ -25,7 +25,7 @@ WINDOW = 64  # pixels
 TEXT_LAYERS = 7  # one layer that writes positions, then six that start from tiny-llava
 MROPE_SECTION = (2, 3, 11)  # frequencies for time, height, width; with the low base both axes turn visibly
 THETA = 10000.0
-VISION_START_ID, VISION_END_ID, VIDEO_ID = 459, 460, 461
+VISION_START_ID, VISION_END_ID, VIDEO_ID = 456, 457, 458
 MIN_PIXELS, MAX_PIXELS = 160 * 160, 320 * 320
 
 

@@ -25,7 +25,7 @@ from .run import Run
 
 CACHE_SEED, STAGE_SEED = 52, 53
 CROP = (8, 8)
-CROPS_UNTIL = 0.72  # of the time
+CROPS_UNTIL = 0.76  # of the time
 # Rows and columns in visual tokens, with their shares, for the rest of the time.
 LATE_SIZES = ((14, 14), (10, 10), (20, 20), (10, 16), (16, 10), (12, 20), (20, 12), (8, 8))
 LATE_SHARES = (0.46, 0.12, 0.10, 0.06, 0.06, 0.04, 0.04, 0.12)
