@@ -107,7 +107,11 @@ def _attend(attention: Any, x: Tensor, turns: tuple[Tensor, Tensor], side: int |
         for left, right, breadth in _spans(columns, side):
             shape = (batch, (bottom - top) // height, height, (right - left) // breadth, breadth, parts)
             windows = (
-                t[:, top:bottom, left:right].reshape(*shape, heads, head_dim).transpose(2, 3).flatten(0, 2).flatten(1, 3)
+                t[:, top:bottom, left:right]
+                .reshape(*shape, heads, head_dim)
+                .transpose(2, 3)
+                .flatten(0, 2)
+                .flatten(1, 3)
                 for t in (q, k, v)
             )
             mixed = _softmax_mix(*windows).view(*shape[:2], shape[3], height, breadth, parts, width)
@@ -143,9 +147,7 @@ def mrope_tables(
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def prompt_positions(
-    kept: Tensor, grid: tuple[int, int], before: int, after: int, branches: tuple[int, int]
-) -> Tensor:
+def prompt_positions(kept: Tensor, grid: tuple[int, int], before: int, after: int, branches: tuple[int, int]) -> Tensor:
     """Positions `[3, B, before + V + after + Q * T]` that Qwen2.5-VL gives to a prompt with one image.
 
     Args:

@@ -97,6 +97,15 @@ class SceneSettings:
 HELD_OUT = SceneSettings(plain=0.0)
 
 
+def for_size(settings: SceneSettings, size: tuple[int, int]) -> SceneSettings:
+    """The same scenes on a canvas of `size` pixels (height, width): fewer objects where it is smaller, from four up."""
+    if size == settings.size:
+        return settings
+    ratio = size[0] * size[1] / (settings.size[0] * settings.size[1])
+    low, high = settings.objects
+    return replace(settings, size=size, objects=(min(low, 4), max(4, min(high, round(high * ratio)))))
+
+
 def generate_scene(rng: np.random.Generator, split: str = "train", settings: SceneSettings = SceneSettings()) -> Scene:
     """Draw one scene.
 

@@ -78,9 +78,7 @@ def position_loss(model: Any, encoder: Encoder, visual: Tensor, batch: Batch) ->
     return (error.abs() * known).sum() / known.sum().clamp(min=1)
 
 
-def answer_loss(
-    logits: tuple[Tensor, Tensor, Tensor], batch: Batch, end_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def answer_loss(logits: tuple[Tensor, Tensor, Tensor], batch: Batch, end_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of answers and attention, whether each answer was right `[B, Q]`, and the mean mass on the right object.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..easyvqa import EasyQuestion, EasyVQA, object_mask
 from ..qwen_fast import tower_cells
 from ..qwen_model import CELL
-from ..scenes import IMAGE_SIZE, Scene, SceneSettings, generate_scene
+from ..scenes import Scene, for_size, generate_scene
 from .labels import EasyPictures
 from .scene_cache import TRAIN_SCENES, Entry
 
@@ -34,13 +34,6 @@ SIZES = (
     SizeShare((160, 256), 0.08),
     SizeShare((256, 192), 0.08),
 )
-
-
-def for_size(settings: SceneSettings, size: tuple[int, int]) -> SceneSettings:
-    """The same scenes on another canvas: fewer objects where it is smaller, at least four."""
-    ratio = size[0] * size[1] / IMAGE_SIZE**2
-    low, high = settings.objects
-    return replace(settings, size=size, objects=(min(low, 4), max(4, min(high, round(high * ratio)))))
 
 
 class SizeCache:

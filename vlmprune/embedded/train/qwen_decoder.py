@@ -20,7 +20,7 @@ from ..qwen_fast import merge_cells, mrope_tables, prompt_positions, tower_cells
 from ..qwen_model import CELL, HEADS, MROPE_SECTION, THETA, WIDTH
 from ..qwen_processor import IMAGE_TOKEN, qwen_prompt
 from ..questions import FAMILIES, ask
-from ..scenes import HELD_OUT, generate_scene
+from ..scenes import HELD_OUT, for_size, generate_scene
 from .batches import ALL, LATE, Batch, Encoder, choose_tokens, make_batch
 from .common import StageSettings
 from .decoder import (
@@ -34,7 +34,7 @@ from .decoder import (
     position_loss,
     read_answers,
 )
-from .qwen_cache import SIZES, SizeCache, bare_entry, for_size
+from .qwen_cache import SIZES, SizeCache
 from .run import Run
 from .scene_cache import Entry
 
@@ -117,7 +117,9 @@ class HeldOut:
     """Held-out scenes of `EVAL_SIZES`; the first size in full, of the others the mean."""
 
     def __init__(self, visual: Any, n_scenes: int) -> None:
-        self.sizes = [HeldOutSize(visual, s, n_scenes if i == 0 else -(-n_scenes // 3)) for i, s in enumerate(EVAL_SIZES)]
+        self.sizes = [
+            HeldOutSize(visual, s, n_scenes if i == 0 else -(-n_scenes // 3)) for i, s in enumerate(EVAL_SIZES)
+        ]
 
     def accuracy(self, model: Any, encoder: Encoder) -> dict[str, float]:
         """Per family at 224 x 224, with 22 random tokens there, and means at the other sizes."""
@@ -158,6 +160,3 @@ def train_qwen_decoder(rank: int, world: int, out: Path, settings: StageSettings
         loss.backward()
         recent = {"loss": loss.item(), "mass": mass.item(), "train": right.float().mean().item()}
         run.finish_step(recent, lambda: held_out.accuracy(model, encoder))
-
-
-__all__ = ["HeldOut", "HeldOutSize", "bare_entry", "make_encoder", "question_logits", "train_qwen_decoder"]

@@ -173,6 +173,18 @@ def fit_positions(model: Any, out: Path, prompt_ids: Tensor, vocabulary: int, se
         step += 1
 
 
+def load_tokenizer() -> Any:
+    """The tokenizer of `tiny-qwen`, made from tiny-llava's."""
+    from transformers import PreTrainedTokenizerFast
+
+    from .. import model_path
+    from ..qwen_processor import build_qwen_tokenizer
+
+    backend = build_qwen_tokenizer(model_path("tiny-llava") / "tokenizer.json")
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **names)
+
+
 def prompt_ids(tokenizer: Any) -> Tensor:
     """Ids of `<s> USER: <|vision_start|>`, then of `<|vision_end|>` and the newline."""
     from ..qwen_processor import qwen_prompt

@@ -24,7 +24,9 @@ from ..scenes import GRID, IMAGE_SIZE, Scene, SceneSettings, generate_scene
 from .common import load_checkpoint, logger, save_checkpoint
 from .labels import ALL_COLOURS, IGNORE, N_COLOURS, N_KINDS, EasyPictures, Labels
 
-CROWDED = SceneSettings(objects=(9, 14), digit_weights=(0, 0, 0.05, 0.15, 0.2, 0.25, 0.2, 0.15), clutter=(2, 6), plain=0.25)
+CROWDED = SceneSettings(
+    objects=(9, 14), digit_weights=(0, 0, 0.05, 0.15, 0.2, 0.25, 0.2, 0.15), clutter=(2, 6), plain=0.25
+)
 USUAL = SceneSettings(objects=(4, 9), digit_weights=(0.06, 0.25, 0.29, 0.25, 0.15), plain=0.06)
 FIT_SCENES, FIT_EASY = 900, 200
 FIT_SEED = 51
