@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..easyvqa import load_easy_vqa
 from ..fastdecoder import decode
+from ..questions import FAMILIES, ask
 from ..qwen_fast import merge_cells, mrope_tables, prompt_positions, tower_cells
 from ..qwen_model import CELL, HEADS, MROPE_SECTION, THETA, WIDTH
 from ..qwen_processor import IMAGE_TOKEN, qwen_prompt
-from ..questions import FAMILIES, ask
 from ..scenes import HELD_OUT, for_size, generate_scene
 from .batches import ALL, LATE, Batch, Encoder, choose_tokens, make_batch
 from .common import StageSettings

@@ -17,7 +17,7 @@ DATA = {
     "held_out": "test photos, test digits, easy-VQA test split; never trained on",
     "images_of_stage_qwen_tower": (
         f"counted as crops of 128 x 128 pixels: 24 per step, cut from crowded scenes, for {100 * CROPS_UNTIL:.0f} % of "
-        "the time; then whole pictures, crops and mosaics of 128 to 320 pixels, square or not, with as many pixels a step"
+        "the time; then whole pictures, crops and mosaics of 128 to 320 pixels, square or not, as many pixels a step"
     ),
     "sizes_of_stage_qwen_decoder": {f"{s.size[0]} x {s.size[1]}": s.share for s in SIZES},
     "questions_per_image": QUESTIONS_PER_IMAGE,

@@ -7,7 +7,6 @@ tokens before the image against each other by their distance in width and in hei
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ def normalise(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
 
 
-def fit_positions(model: Any, out: Path, prompt_ids: Tensor, vocabulary: int, seconds: float, seed: int = 0) -> None:
+def fit_positions(model: Any, out: Path, prompt_ids: Tensor, vocabulary: int, steps: int, seed: int = 0) -> None:
     """Train the first layer alone to add each visual token's place and to leave words as they are.
 
     Args:
@@ -137,7 +136,7 @@ def fit_positions(model: Any, out: Path, prompt_ids: Tensor, vocabulary: int, se
         out: folder with `teacher.pt`.
         prompt_ids: ids of `<s> USER: <|vision_start|> <|vision_end|> newline`.
         vocabulary: number of ids in use.
-        seconds: time budget.
+        steps: steps of Adam.
         seed: seed of scenes and draws.
     """
     teacher, rng = make_teacher(out / "teacher.pt", seed), np.random.default_rng([seed, START_SEED])
@@ -157,9 +156,8 @@ def fit_positions(model: Any, out: Path, prompt_ids: Tensor, vocabulary: int, se
     start_positions(layer, normal[prompt_ids[:2]], teacher.place, gate)
     parameters = list(layer.parameters())
     optimizer = torch.optim.Adam(parameters, lr=2e-3)
-    begin, step = time.monotonic(), 0
-    while (passed := (time.monotonic() - begin) / seconds) < 1.0:
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - passed) + 2e-5
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps) + 2e-5
         x, layout, target = data.draw(rng, prompt_ids)
         error = (decoder_layer(layer, x, layout, HEADS, torch.float32)[0] - x - target).square().mean(-1)
         loss = error[:, BEFORE : layout.n_prefix - AFTER].mean() + error[:, layout.n_prefix - AFTER :].mean()
@@ -169,8 +167,7 @@ def fit_positions(model: Any, out: Path, prompt_ids: Tensor, vocabulary: int, se
         optimizer.step()
         if step % 100 == 0:
             visual = error[:, BEFORE : layout.n_prefix - AFTER].mean()
-            logger.info("positions step %d visual %.4f words %.4f", step, visual, loss - visual)
-        step += 1
+            logger.info("positions step %d visual %.4f words %.4f", step, visual.item(), (loss - visual).item())
 
 
 def load_tokenizer() -> Any:
@@ -194,11 +191,11 @@ def prompt_ids(tokenizer: Any) -> Tensor:
     return torch.tensor([*ids[:BEFORE], *ids[place : place + AFTER]])
 
 
-def start_decoder(out: Path, tokenizer: Any, seconds: float = 90.0, seed: int = 0) -> Any:
+def start_decoder(out: Path, tokenizer: Any, steps: int = 800, seed: int = 0) -> Any:
     """Make the starting point of stage `qwen-decoder`, tower left untrained; state goes to `out/qwen_start.pt`."""
     model = build_model(seed)
     transplant(model)
-    fit_positions(model, out, prompt_ids(tokenizer), len(tokenizer), seconds, seed)
+    fit_positions(model, out, prompt_ids(tokenizer), len(tokenizer), steps, seed)
     model.tie_weights()
     save_checkpoint(out / "qwen_start.pt", model.state_dict())
     return model

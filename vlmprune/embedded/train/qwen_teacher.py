@@ -29,6 +29,7 @@ CROWDED = SceneSettings(
 )
 USUAL = SceneSettings(objects=(4, 9), digit_weights=(0.06, 0.25, 0.29, 0.25, 0.15), plain=0.06)
 FIT_SCENES, FIT_EASY = 900, 200
+PROBE_STEPS = 900
 FIT_SEED = 51
 
 
@@ -120,7 +121,7 @@ def _fit(teacher: Teacher, rng: np.random.Generator) -> dict[str, Any]:
     return {"place": place, "scale": scale, "probe": probe.state_dict()}
 
 
-def _fit_probe(features: Tensor, labels: Labels, scale: float, steps: int = 900) -> nn.Linear:
+def _fit_probe(features: Tensor, labels: Labels, scale: float) -> nn.Linear:
     kind, colour = (torch.from_numpy(a).flatten() for a in (labels.kind, labels.colour))
     front = (kind != N_KINDS).nonzero()[:, 0]
     back = (kind == N_KINDS).nonzero()[:, 0]
@@ -128,8 +129,8 @@ def _fit_probe(features: Tensor, labels: Labels, scale: float, steps: int = 900)
     probe = nn.Linear(WIDTH, N_KINDS + N_COLOURS + 2)
     nn.init.normal_(probe.weight, std=0.1 / scale)
     optimizer = torch.optim.Adam(probe.parameters(), lr=1e-2)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps) + 1e-4
+    for step in range(PROBE_STEPS):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / PROBE_STEPS) + 1e-4
         rows = torch.cat([front[torch.randint(len(front), (1536,))], back[torch.randint(len(back), (512,))]])
         loss = sum(probe_losses(probe(features[rows]), kind[rows], colour[rows]))
         optimizer.zero_grad()
