@@ -56,7 +56,8 @@ def random_vlm(
         sizes: further fields of `Sizes` (`hidden` 32, `heads` 4, `vision_depth` 4, `text_layers` 4).
 
     Returns:
-        A stock `...ForConditionalGeneration` of transformers. Ids stand in `tokens`.
+        A stock `...ForConditionalGeneration` of transformers. Ids stand in `tokens`; `generate` never picks those
+        that stand for images.
 
     Raises:
         InputError: unknown family.
@@ -73,4 +74,6 @@ def random_vlm(
     generation = model.generation_config
     generation.pad_token_id, generation.bos_token_id = tokens.PAD_ID, tokens.BOS_ID
     generation.eos_token_id = tokens.EOS_ID
+    # A generated placeholder would ask for an image when the sequence is run again.
+    generation.suppress_tokens = [tokens.START_ID, tokens.END_ID, tokens.IMAGE_TOKEN_ID, tokens.VIDEO_TOKEN_ID]
     return model.to(dtype).eval()
