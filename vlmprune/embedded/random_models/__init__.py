@@ -68,7 +68,7 @@ def random_vlm(
         sizes["kv_heads"] = kv_heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FAMILIES[family](Sizes(dtype=dtype, **sizes))
+        model: Any = FAMILIES[family](Sizes(dtype=dtype, **sizes))
         randomise(model, init_std)
     model.set_attn_implementation(attn_implementation)
     generation = model.generation_config
@@ -76,4 +76,5 @@ def random_vlm(
     generation.eos_token_id = tokens.EOS_ID
     # A generated placeholder would ask for an image when the sequence is run again.
     generation.suppress_tokens = [tokens.START_ID, tokens.END_ID, tokens.IMAGE_TOKEN_ID, tokens.VIDEO_TOKEN_ID]
-    return model.to(dtype).eval()
+    built: nn.Module = model.to(dtype).eval()
+    return built
