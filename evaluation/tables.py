@@ -8,6 +8,8 @@ from vlmprune.evaluation.schema import ALL_FAMILIES, DENSE, Keep, ResultRow
 from vlmprune.evaluation.summary import HEADLINE
 
 MISSING = "–"
+CALIBRATED = "calibrated"
+"""Shown for a policy that used an artefact."""
 
 
 def render_table(rows: Sequence[ResultRow], families: Sequence[str] | None = None, title_tasks: bool = True) -> str:
@@ -112,7 +114,7 @@ def _line(group: dict[str, ResultRow], families: Sequence[str]) -> list[str]:
 
 
 def _name(row: ResultRow) -> str:
-    settings = [f"{name}={value}" for name, value in row.params.items()]
+    settings = [CALIBRATED if name == "artefact" else f"{name}={value}" for name, value in row.params.items()]
     if row.seed is not None:
         settings.append(f"seed {row.seed}")
     return row.policy.replace("_", "-") + (f" ({', '.join(settings)})" if settings else "")
