@@ -43,7 +43,7 @@ def observers() -> tuple[Policy, ...]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keeping_everything_changes_no_bit(family: str) -> None:
-    model, prompt = family_model(family), batch(family, dtype=torch.float32, video=family in VIDEO)
+    model, prompt = family_model(family, torch.float32), batch(family, dtype=torch.float32, video=family in VIDEO)
     dense, dense_ids = logits(model, prompt), generated(model, prompt)
     visual = tuple(sum(map(len, images)) for images in prompt.places())
     for name, settings in KEEP_ALL:
@@ -57,7 +57,7 @@ def test_keeping_everything_changes_no_bit(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_acting_policies_that_drop_nothing_change_no_bit(family: str) -> None:
     """A count of all tokens, and policies that only read signals, after the encoder and in the decoder."""
-    model, prompt = family_model(family), batch(family, dtype=torch.float32)
+    model, prompt = family_model(family, torch.float32), batch(family, dtype=torch.float32)
     dense, dense_ids = logits(model, prompt), generated(model, prompt)
     for policy in (vlmprune.Uniform(keep=max(prompt.widths())), vlmprune.Compose(observers())):
         with vlmprune.applied(model, policy) as handle:
