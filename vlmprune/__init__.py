@@ -14,6 +14,7 @@ from vlmprune._version import __version__
 
 if TYPE_CHECKING:
     from vlmprune.api import Handle, applied, apply, available
+    from vlmprune.calibration import calibrate
     from vlmprune.core.budget import Budget
     from vlmprune.core.policy import Policy
     from vlmprune.core.registry import register
@@ -32,6 +33,7 @@ _PUBLIC = {
     "applied": "vlmprune.api",
     "apply": "vlmprune.api",
     "available": "vlmprune.api",
+    "calibrate": "vlmprune.calibration",
     "load_embedded": "vlmprune.embedded",
     "plot_selection": "vlmprune.plot",
     "register": "vlmprune.core.registry",
@@ -47,6 +49,7 @@ __all__ = [
     "applied",
     "apply",
     "available",
+    "calibrate",
     "load_embedded",
     "plot_selection",
     "register",

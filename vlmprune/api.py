@@ -53,8 +53,10 @@ class Handle:
     def last(self) -> Report | None:
         """Report of the last forward with visual tokens, None before the first."""
         report = self._engine.report
-        if report is not None and self._processor is not None:
-            report.geometry = self._processor.geometry()
+        if report is not None:
+            report.take_notes()
+            if self._processor is not None:
+                report.geometry = self._processor.geometry()
         return report
 
     @property

@@ -14,10 +14,12 @@ import vlmprune
 
 
 def keep_everything(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """A case's parameters with a budget that keeps everything and stage 2 of todre off."""
+    """A case's parameters with a budget that keeps everything, without what would drop tokens all the same."""
     neutral = {"keep": 1.0}
     if name == "todre":
         neutral["tau"] = None
+    if name == "vflowopt":
+        neutral |= {"r1": None, "r2": None}
     if "factor" in parameters:
         neutral |= {"factor": 1.0, "jpeg": False}
     return parameters | neutral

@@ -127,4 +127,4 @@ def test_qwen_reduction(case: Case) -> None:
 def test_qwen_info_asks_for_sums_and_the_full_attention_blocks() -> None:
     expected = (ColumnMass("vision", 15, "sum"), ColumnMass("vision", 31, "sum"))
     assert HiPrune().score_signals(contexts.QWEN) == expected
-    assert HiPrune().score_signals(replace(contexts.QWEN, has_cls=True))[0].reduce == "mean"
+    assert HiPrune().score_signals(replace(contexts.QWEN, mrope=False))[0].reduce == "mean"

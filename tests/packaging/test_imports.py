@@ -25,7 +25,7 @@ LAYERS = (
     ("vlmprune.core",),
     ("vlmprune.policies",),
     ("vlmprune.adapters",),
-    ("vlmprune.api", "vlmprune.embedded", "vlmprune.loading", "vlmprune.plot"),
+    ("vlmprune.api", "vlmprune.calibration", "vlmprune.embedded", "vlmprune.loading", "vlmprune.plot"),
     ("vlmprune.evaluation",),
     ("vlmprune.demos",),
     ("vlmprune.cli",),

@@ -40,12 +40,14 @@ ENCODER_CASES = [
         for request in registry.create(case.values[0], **case.values[1]).requests(contexts.LLAVA)
     )
 ]
+# Nothing is pinned for policies in which newlines compete.
+PINNED_CASES = [case for case in ENCODER_CASES if registry.get(case.values[0]).newlines == "rows"]
 INFOS = [pytest.param(contexts.LLAVA, id="cls"), pytest.param(contexts.QWEN, id="merger")]
 
 
 def at_encoder(policy: Policy, info: ModelInfo, items: tuple[int, ...] = (0, 1, 2, 3)) -> Context:
     """A batch of some of `VIEWS`; the values of an item do not depend on the others."""
-    signals: dict[Any, list[torch.Tensor]] = {}
+    signals: dict[Any, list[Any]] = {}
     for item in items:
         for signal, rows in contexts.random_signals(policy, [VIEWS[item]], info, seed=item).items():
             signals.setdefault(signal, []).extend(rows)
@@ -100,11 +102,12 @@ def test_a_batch_gives_what_single_items_give(name: str, parameters: dict[str, A
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("name", "parameters"), ENCODER_CASES)
 def test_features_of_any_precision(name: str, parameters: dict[str, Any], dtype: torch.dtype) -> None:
-    """The result is that of the same values in float32."""
+    """The result is that of the same values in float32. Attention comes as reductions in float32 always."""
     policy = registry.create(name, **parameters)
     context = at_encoder(policy, contexts.LLAVA)
-    rounded = {signal: value.clamp(-100, 100).to(dtype) for signal, value in context.signals.items()}
-    wide = {signal: value.float() for signal, value in rounded.items()}
+    tensors = {signal: value for signal, value in context.signals.items() if isinstance(value, torch.Tensor)}
+    rounded = {**context.signals, **{signal: v.clamp(-100, 100).to(dtype) for signal, v in tensors.items()}}
+    wide = {**context.signals, **{signal: rounded[signal].float() for signal in tensors}}
     low = policy.select(replace(context, signals=rounded))
     assert torch.equal(low.anchors(), policy.select(replace(context, signals=wide)).anchors())
     if Projected() in rounded:
@@ -127,7 +130,7 @@ def test_keeping_all_keeps_all_in_order(name: str, parameters: dict[str, Any], i
         assert torch.equal(out[context.valid], features[context.valid])
 
 
-@pytest.mark.parametrize(("name", "parameters"), ENCODER_CASES)
+@pytest.mark.parametrize(("name", "parameters"), PINNED_CASES)
 def test_pinned_tokens_are_neither_chosen_nor_counted(name: str, parameters: dict[str, Any]) -> None:
     """An image of three rows with a newline token behind each: the framework keeps newlines by itself."""
     policy = registry.create(name, **parameters)
@@ -223,8 +226,8 @@ def test_dense_settings_reduce_nothing(name: str) -> None:
 def test_a_known_budget_needs_no_synchronisation() -> None:
     for case in ENCODER_CASES:
         name, parameters = case.values
-        if parameters.get("compat"):
-            continue  # the official rule keeps a number of tokens that only the device knows
+        if parameters.get("compat") or name == "vflowopt":
+            continue  # they keep a number of tokens that only the device knows
         policy = registry.create(name, **parameters)
         context = at_encoder(policy, contexts.LLAVA, (0, 0))
         on_gpu = replace(

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.core.attention import DenseAttention
 from vlmprune.core.budget import Budget
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.core.selection import Selection
-from vlmprune.core.signals import ClsRow, ColumnMass, GroupMass, Projected, Signal
+from vlmprune.core.signals import Attention, ClsRow, ColumnMass, GroupMass, Projected, Signal
 from vlmprune.core.sites import Site
 from vlmprune.core.views import View
 
@@ -29,7 +30,7 @@ LLAVA = ModelInfo(
     family="llava",
     model_class="LlavaForConditionalGeneration",
     sites=ALL_SITES,
-    signals=frozenset({ColumnMass, ClsRow, Projected, GroupMass}),
+    signals=frozenset({Attention, ColumnMass, ClsRow, Projected, GroupMass}),
     vision_depth=24,
     text_depth=32,
     feature_block=22,
@@ -81,7 +82,7 @@ def pad(rows: Sequence[Tensor], value: float = PADDING) -> Tensor:
 def post_encoder(
     views: Sequence[tuple[View, ...]],
     keep: Any = 1.0,
-    signals: Mapping[Signal, Sequence[Tensor]] | None = None,
+    signals: Mapping[Signal, Sequence[Any]] | None = None,
     info: ModelInfo = LLAVA,
     **fields: Any,
 ) -> Context:
@@ -90,12 +91,16 @@ def post_encoder(
     Args:
         views: per item its views; a plain list of ``image(...)``, ``any_resolution(...)``, ``frames(...)``.
         keep: the budget.
-        signals: per signal one tensor ``[n, ...]`` per item.
+        signals: per signal one tensor ``[n, ...]`` per item; for attention one ``[P, P]`` per view of each item.
         fields: other fields of the context.
     """
     lengths = tuple(n_tokens(item) for item in views)
     valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    padded = {signal: pad(rows) for signal, rows in (signals or {}).items()}
+    padded: dict[Signal, Any] = {s: pad(rows) for s, rows in (signals or {}).items() if not isinstance(s, Attention)}
+    for signal, per_view in (signals or {}).items():
+        if isinstance(signal, Attention):
+            padded[signal], patch_valid = dense_attention(per_view)
+            fields = {"patch_valid": patch_valid, **encoder_fields(views, valid), **fields}
     return Context(
         site=Site.POST_ENCODER,
         info=info,
@@ -107,6 +112,31 @@ def post_encoder(
         views=tuple(views),
         **{"sample": tuple(range(len(views))), **fields},
     )
+
+
+def dense_attention(per_item: Sequence[Sequence[Tensor]]) -> tuple[DenseAttention, Tensor | None]:
+    """The attention matrices ``[P, P]`` of all views as one padded map, and which patches are real ``[V, P]``."""
+    matrices = [matrix for item in per_item for matrix in item]
+    sizes = torch.tensor([len(matrix) for matrix in matrices])
+    most = int(sizes.max())
+    padded = torch.full((len(matrices), most, most), PADDING)
+    for target, matrix in zip(padded, matrices, strict=True):
+        target[: len(matrix), : len(matrix)] = matrix
+    valid = torch.arange(most) < sizes[:, None]
+    return DenseAttention(padded), None if bool(valid.all()) else valid
+
+
+def encoder_fields(views: Sequence[tuple[View, ...]], valid: Tensor) -> dict[str, Any]:
+    """Fields of a context whose patches are its tokens: which views there are, and the way to the tokens."""
+
+    def to_tokens(values: Tensor, newline: float = 0.0) -> Tensor:
+        tokens = values.new_full((*valid.shape, *values.shape[2:]), newline)
+        for view, (item, place) in zip(values, places, strict=True):
+            tokens[item, place] = view[: len(place)]
+        return tokens
+
+    places = [(item, view.tokens()) for item, row in enumerate(views) for view in row]
+    return {"encoder_items": tuple(item for item, _ in places), "to_tokens": to_tokens}
 
 
 def decoder(
@@ -135,18 +165,27 @@ def decoder(
 
 def random_signals(
     policy: Policy, views: Sequence[tuple[View, ...]], info: ModelInfo = LLAVA, seed: int = 0
-) -> dict[Signal, list[Tensor]]:
+) -> dict[Signal, list[Any]]:
     """Random values of all that a policy asks for after the encoder; item i's depend on ``seed + i`` only."""
-    signals: dict[Signal, list[Tensor]] = {}
+    signals: dict[Signal, list[Any]] = {}
     for request in policy.requests(info):
         if request.site != Site.POST_ENCODER:
             continue
         for number, signal in enumerate(request.signals):
-            signals[signal] = [
-                _random(signal, n_tokens(item), torch.Generator().manual_seed(97 * (seed + i) + number))
-                for i, item in enumerate(views)
-            ]
+            draws = [torch.Generator().manual_seed(97 * (seed + i) + number) for i, _ in enumerate(views)]
+            if isinstance(signal, Attention):
+                signals[signal] = [_attention(item, draw) for item, draw in zip(views, draws, strict=True)]
+            else:
+                signals[signal] = [_random(signal, n_tokens(v), d) for v, d in zip(views, draws, strict=True)]
     return signals
+
+
+def _attention(views: Sequence[View], generator: torch.Generator) -> list[Tensor]:
+    """Rows of a softmax over the patches of each view; some patches get much."""
+    sizes = [view.length for view in views]
+    return [
+        (2 * torch.randn(1, n, generator=generator) + torch.randn(n, n, generator=generator)).softmax(1) for n in sizes
+    ]
 
 
 def _random(signal: Signal, n: int, generator: torch.Generator) -> Tensor:

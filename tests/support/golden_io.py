@@ -58,6 +58,7 @@ KINDS: Mapping[str, KindRule] = MappingProxyType(
         "hiprune": KindRule(sites=("llava", "llava_next", "qwen", "qwen_reduce")),
         "kernels": KindRule(prefixes=("kcenter", "dpp", "colmass")),
         "todre": KindRule(prefixes=("select", "ratio", "e2e")),
+        "vflowopt": KindRule(prefixes=("imp", "rec", "align", "llm", "budget")),
     }
 )
 

@@ -36,6 +36,11 @@ MATRIX: dict[str, tuple[dict[str, Any], ...]] = {
         {"keep": 1.0, "tau": 2.0, "check_layers": (0, 2)},
     ),
     "uniform": ({"keep": 0.3}, {"keep": 4}),
+    "vflowopt": (
+        {"keep": 0.3},
+        {"keep": 4, "t": 0.0, "a": 2.0},
+        {"keep": 0.4, "r1": 0.6, "r2": 0.7, "a": 1.5},
+    ),
 }
 
 CASES = [

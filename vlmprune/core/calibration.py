@@ -11,8 +11,8 @@ class Calibrator(Protocol):
     """A pure search or measurement, driven by ``vlmprune.calibrate``.
 
     The driver calls ``propose`` for the next settings to try (None when done), runs the model with them,
-    hands what came out to ``update``, and takes ``result`` at the end. State is explicit, so that a run can
-    be resumed.
+    hands what came out to ``update`` (``{"objective": float}``), and takes ``result``. What is proposed depends on the
+    updates so far and the seed only, so that a run is resumed by updating a new calibrator with the old history.
     """
 
     def propose(self) -> Mapping[str, Any] | None:
@@ -24,5 +24,5 @@ class Calibrator(Protocol):
         ...
 
     def result(self) -> Mapping[str, Any]:
-        """The artefact: JSON values and tensors."""
+        """``{"best": settings, "value": objective}`` of the best call so far, empty before the first."""
         ...

@@ -107,8 +107,12 @@ class Policy:
         """True if the policy acts on images before the model sees them."""
         return False
 
-    def calibration(self, info: ModelInfo) -> Calibrator | None:
-        """The calibration this policy can run on a model, or None."""
+    def calibration(self, info: ModelInfo, *, calls: int = 50, seed: int = 0) -> Calibrator | None:
+        """The calibration this policy can run on a model, or None.
+
+        Args:
+            info: the model. calls: settings to try. seed: of the search.
+        """
         return None
 
     def reset(self) -> None:

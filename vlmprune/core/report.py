@@ -141,6 +141,11 @@ class Report:
                 return scores[start : start + length]
         return None
 
+    def take_notes(self) -> None:
+        """Add what the selections noted to the warnings, each text once."""
+        for record in self.sites:
+            self.warnings += [note for note in record.selection.notes if note not in self.warnings]
+
     def summary(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {

@@ -36,6 +36,7 @@ class Selection:
         scores: ``[I, N]`` for pictures.
         carry: per-token values ``[I, N, ...]`` of the *input* tokens; this and later selections re-index it.
         virtual: ``[I, N]`` unique token behind every full position (virtual unmerging).
+        notes: what the user should know, for the report's warnings.
     """
 
     n_in: int
@@ -49,6 +50,7 @@ class Selection:
     scores: Tensor | None = None
     carry: Mapping[str, Tensor] = field(default_factory=dict)
     virtual: Tensor | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.kept is None) == (self.group_id is None):

@@ -9,7 +9,7 @@ from vlmprune.core.budget import Budget
 from vlmprune.core.context import Context
 from vlmprune.core.errors import BudgetError, InputError
 from vlmprune.core.info import ModelInfo
-from vlmprune.core.policy import Policy, PolicyMeta, check_tokens
+from vlmprune.core.policy import NewlineRule, Policy, PolicyMeta, check_tokens
 from vlmprune.core.registry import register, registry
 from vlmprune.core.selection import Selection
 from vlmprune.core.sites import Site, SiteRequest
@@ -69,6 +69,11 @@ class PerImageBudget(Policy):
     def seed(self) -> int | None:
         """The wrapped policy's seed, None if it has none."""
         return getattr(self.policy, "seed", None)
+
+    @property
+    def newlines(self) -> NewlineRule:  # type: ignore[override]
+        """The wrapped policy's rule."""
+        return self.inner.newlines
 
     def requests(self, info: ModelInfo) -> tuple[SiteRequest, ...]:
         requests = self.inner.requests(info)
