@@ -191,7 +191,7 @@ class EncodingRecorder:
         for signal in self._wanted:
             if isinstance(signal, s.Pixels):
                 assert self._scale is not None
-                self._current.values[signal] = self._scale.undo(run.pixels())
+                self._current.values[signal] = run.masked(self._scale.undo(run.pixels()))
 
     @torch.no_grad()
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

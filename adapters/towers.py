@@ -53,13 +53,18 @@ class TowerRun(ABC):
         """``[V, P]`` bool, None where every view has as many patches."""
         return None
 
+    def masked(self, values: Tensor) -> Tensor:
+        """Values of patches ``[V, P, ...]`` with zeros at the padding of smaller views."""
+        valid = self.patch_valid
+        return values if valid is None else values * valid.view(*valid.shape, *[1] * (values.ndim - 2))
+
     @abstractmethod
     def attention(self, signal: s.Signal, calls: list[AttentionCall]) -> Any:
         """A signal of a block out of its attention calls."""
 
     @abstractmethod
     def pixels(self) -> Tensor:
-        """The tower's input per patch, ``[V, P, C, h, w]``."""
+        """The tower's input per patch, ``[V, P, C, h, w]``; the padding of smaller views holds anything."""
 
     @abstractmethod
     def contents(self) -> list[Tensor]:
@@ -196,7 +201,7 @@ class PackedRun(TowerRun):
         return None if self._full else self._valid
 
     def patches(self, states: Tensor) -> Tensor:
-        return self._masked(states[self._places])
+        return self.masked(states[self._places])
 
     def attention(self, signal: s.Signal, calls: list[AttentionCall]) -> Any:
         query = torch.cat([call.query[0] for call in calls], 1)  # [H, N, d]
@@ -211,17 +216,10 @@ class PackedRun(TowerRun):
 
     def pixels(self) -> Tensor:
         side, frames = self._tower.patch, self._tower.frames
-        cells = self._input.unflatten(1, (-1, frames * side, side))
-        return self._masked(cells[self._raster])
+        return self._input.unflatten(1, (-1, frames * side, side))[self._raster]
 
     def contents(self) -> list[Tensor]:
-        lengths = self._valid.sum(1).tolist()
-        return list(self._input.split(lengths))
-
-    def _masked(self, values: Tensor) -> Tensor:
-        if self._full:
-            return values
-        return values * self._valid.view(*self._valid.shape, *[1] * (values.ndim - 2))
+        return list(self._input.split(self._valid.sum(1).tolist()))
 
 
 @dataclass(frozen=True)

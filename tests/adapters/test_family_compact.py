@@ -11,7 +11,6 @@ from family_prompts import FamilyPrompt, prefill
 from family_runs import (
     DEPTH,
     PLAIN,
-    VERSION,
     assert_close,
     batch,
     family_model,
@@ -91,8 +90,6 @@ def short_rollout(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("family", PLAIN)
 def test_after_the_encoder(family: str, dtype: torch.dtype) -> None:
-    if family == "paligemma" and VERSION < (5, 0) and dtype == torch.float64:
-        pytest.skip("transformers 4 makes PaliGemma's masks in float32")
     model, prompt = family_model(family, dtype), batch(family, dtype=dtype)
     policy, forced = fixed_policy(prompt, positions="compact"), forced_tokens(prompt)
     stay = prompt.real & ~prompt.dropped(policy.kept)
@@ -112,8 +109,7 @@ def test_after_the_encoder(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("family", PLAIN)
 def test_inside_the_decoder(family: str) -> None:
     """Layers from the cut on equal those layers on the survivors with plain positions, alone and in a batch."""
-    dtype = torch.float32 if family == "paligemma" and VERSION < (5, 0) else torch.float64
-    model, prompt = family_model(family, dtype), batch(family, dtype=dtype)
+    model, prompt = family_model(family), batch(family)
     cut = 2
     policy, forced = fixed_policy(prompt, cut, positions="compact"), forced_tokens(prompt, 4)
     stay = prompt.real & ~prompt.dropped(policy.kept, policy.site)
@@ -136,8 +132,8 @@ def test_inside_the_decoder(family: str) -> None:
             allowed = given if given.dtype == torch.bool else given == 0
             mask[:n, :n] = shorter(allowed, row, stay[row])[0, 0]
         logits = run_layers(model, text, layers[cut:DEPTH], hidden, mask[None, None], numbers(family, 0, total), cut)
-        assert_close(got[row][stay[row]], logits[:n], dtype)
-        assert_close(steps[row], logits[n:], dtype)
+        assert_close(got[row][stay[row]], logits[:n])
+        assert_close(steps[row], logits[n:])
 
 
 @torch.no_grad()

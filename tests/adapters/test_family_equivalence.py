@@ -9,7 +9,6 @@ from family_runs import (
     DEPTH,
     FAMILIES,
     MROPE,
-    VERSION,
     VIDEO,
     assert_close,
     batch,
@@ -41,12 +40,9 @@ CASES = [  # images per row, left-padded, layer
 ]
 
 
-def dtype_of(family: str) -> torch.dtype:
-    """Float64, but for the family whose masks transformers 4 makes in float32."""
-    return torch.float32 if family == "paligemma" and VERSION < (5, 0) else torch.float64
-
-
-def check(model: nn.Module, prompt: FamilyPrompt, where: int | None, dtype: torch.dtype, ragged: bool = True) -> None:
+def check(
+    model: nn.Module, prompt: FamilyPrompt, where: int | None, ragged: bool = True, dtype: torch.dtype = torch.float64
+) -> None:
     """Pruned prefill and six forced decode steps equal the reference, and differ from the dense model."""
     policy = fixed_policy(prompt, where, ragged=ragged)
     forced = forced_tokens(prompt)
@@ -72,18 +68,17 @@ def check(model: nn.Module, prompt: FamilyPrompt, where: int | None, dtype: torc
 @pytest.mark.parametrize(("images", "padded", "where"), CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float64(family: str, images: tuple[int, ...], padded: bool, where: int | None) -> None:
-    dtype = dtype_of(family)
     sizes = None if padded else STYLES[family].sizes[:1]  # equal rows: no padding, and no mask where a model omits it
-    prompt = batch(family, images, padded, dtype, sizes=sizes)
+    prompt = batch(family, images, padded, sizes=sizes)
     assert prompt.real.all() == (not padded)
-    check(family_model(family, dtype), prompt, where, dtype, ragged=padded)
+    check(family_model(family), prompt, where, ragged=padded)
 
 
 @pytest.mark.parametrize("where", [POST, TWO], ids=["post_encoder", "layer2"])
 @pytest.mark.parametrize("family", VIDEO)
 def test_videos_beside_images(family: str, where: int | None) -> None:
     prompt = batch(family, (1, 2, 1), video=True)
-    check(family_model(family, torch.float64), prompt, where, torch.float64)
+    check(family_model(family), prompt, where)
 
 
 # Eager attention in float64 with left padding is NaN in transformers' own dense models.
@@ -93,14 +88,13 @@ def test_videos_beside_images(family: str, where: int | None) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32(family: str, implementation: str, where: int | None) -> None:
     prompt = batch(family, dtype=torch.float32)
-    check(family_model(family, torch.float32, implementation), prompt, where, torch.float32)
+    check(family_model(family, torch.float32, implementation), prompt, where, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("turn", [False, True], ids=["steps", "turn"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evictions_from_the_cache(family: str, turn: bool) -> None:
-    dtype = dtype_of(family)
-    model, prompt = family_model(family, dtype), batch(family, dtype=dtype)
+    model, prompt = family_model(family), batch(family)
     policy, forced = fixed_eviction(prompt), forced_tokens(prompt)
     dense, dense_steps = rollout(model, prompt, forced, turn)
     with masked(model, prompt, policy):
@@ -113,22 +107,21 @@ def test_evictions_from_the_cache(family: str, turn: bool) -> None:
         assert handle.last.kept_tokens_per_layer[2] == tuple(len(next(kept)) if n else 0 for n in rows)
         assert handle.last.kept_tokens_per_layer[3] == tuple(rows)
     assert torch.equal(got, dense)
-    assert_close(steps, expected, dtype)
+    assert_close(steps, expected)
     assert ((dense_steps - expected).abs().amax((1, 2)) > 1e-3).tolist() == [bool(n) for n in rows]
 
 
 @pytest.mark.parametrize("where", [POST, TWO], ids=["post_encoder", "layer2"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_text_turn_on_the_pruned_cache(family: str, where: int | None) -> None:
-    dtype = dtype_of(family)
-    model, prompt = family_model(family, dtype), batch(family, dtype=dtype)
+    model, prompt = family_model(family), batch(family)
     policy, turn = fixed_policy(prompt, where), forced_tokens(prompt, 5)
     with masked(model, prompt, policy):
         _, expected = rollout(model, prompt, turn, turn=True)
     with vlmprune.applied(model, policy):
         out = prefill(model, prompt, use_cache=True)
         _, got = rollout(model, prompt, turn, turn=True)
-    assert_close(got, expected, dtype)
+    assert_close(got, expected)
     assert isinstance(out.past_key_values, PrunedDynamicCache)
     stored = [layer.keys.shape[2] for layer in out.past_key_values.layers]
     assert out.past_key_values.get_seq_length() == prompt.length
@@ -138,7 +131,7 @@ def test_a_text_turn_on_the_pruned_cache(family: str, where: int | None) -> None
 
 @pytest.mark.parametrize("family", MROPE)
 def test_compact_positions_are_refused_where_positions_have_several_axes(family: str) -> None:
-    model, prompt = family_model(family, torch.float64), batch(family)
+    model, prompt = family_model(family), batch(family)
     before = prefill(model, prompt).logits
     for where in (POST, TWO):
         with pytest.raises(InputError, match="compact positions, but Qwen.*numbers visual tokens by time, row and"):

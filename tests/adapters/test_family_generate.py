@@ -39,11 +39,6 @@ MODES: dict[str, tuple[dict[str, Any], int | None]] = {  # settings, and the lay
 }
 
 
-def dtype_of(family: str) -> torch.dtype:
-    """Float64, but for the family whose masks transformers 4 makes in float32."""
-    return torch.float32 if family == "paligemma" and VERSION < (5, 0) else torch.float64
-
-
 def generate(model: nn.Module, given: dict[str, Any], **mode: Any) -> Any:
     torch.manual_seed(5)
     settings = {
@@ -76,9 +71,8 @@ def test_equals_the_masked_dense_model(family: str, mode: str) -> None:
     a row."""
     settings, where = MODES[mode]
     repeats = "num_beams" in settings or "num_return_sequences" in settings
-    dtype = dtype_of(family)
     images = (1, 0, 1) if repeats and VERSION < (5, 23) else (2, 0, 1)
-    model, prompt = family_model(family, dtype), batch(family, images, dtype=dtype)
+    model, prompt = family_model(family), batch(family, images)
     policy = fixed_policy(prompt, where)
     results = []
     for context in in_both(model, prompt, policy):
@@ -91,8 +85,7 @@ def test_equals_the_masked_dense_model(family: str, mode: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evicted_caches(family: str) -> None:
-    dtype = dtype_of(family)
-    model, prompt = family_model(family, dtype), batch(family, dtype=dtype)
+    model, prompt = family_model(family), batch(family)
     results = []
     for context in in_both(model, prompt, fixed_eviction(prompt)):
         with context:
@@ -103,8 +96,7 @@ def test_evicted_caches(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_lookup(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates from the prompt; the rejected ones are cropped from the pruned cache."""
-    dtype = dtype_of(family)
-    model, prompt = family_model(family, dtype), batch(family, (1,), False, dtype)
+    model, prompt = family_model(family), batch(family, (1,), False)
     policy = fixed_policy(prompt, 2)
     cropped: list[int] = []
     crop = PrunedDynamicCache.crop
@@ -142,8 +134,7 @@ def every_word(prompt: FamilyPrompt) -> FamilyPrompt:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_kept_cache_is_continued(family: str, where: int | None) -> None:
     """A second ``generate`` with the whole conversation as text and the first one's cache."""
-    dtype = dtype_of(family)
-    model, prompt = family_model(family, dtype), batch(family, (1, 2), dtype=dtype)
+    model, prompt = family_model(family), batch(family, (1, 2))
     policy, turn = fixed_policy(prompt, where), forced_tokens(prompt, 4)
     results = []
     for context in in_both(model, prompt, policy):
@@ -169,7 +160,7 @@ def conversation(prompt: FamilyPrompt, ids: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_second_image_turn_is_refused(family: str) -> None:
     model = family_model(family)
-    first, second = (batch(family, (1,), False, torch.float32, seed=seed) for seed in (1, 2))
+    first, second = (batch(family, (1,), False, seed=seed) for seed in (1, 2))
     mask = torch.ones(1, first.length + second.length, dtype=torch.long)
     turn = {**second.inputs, "attention_mask": mask}
     for where in (None, 2):
@@ -183,7 +174,7 @@ def test_a_second_image_turn_is_refused(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_static_cache_is_refused(family: str) -> None:
     model = family_model(family)
-    prompt = batch(family, (1,), False, torch.float32)
+    prompt = batch(family, (1,), False)
     with (
         vlmprune.applied(model, fixed_policy(prompt)),
         pytest.raises(UnsupportedError, match=r"DynamicCache, not on StaticCache.*cache_implementation.*disabled"),

@@ -33,7 +33,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 @cache
-def family_model(family: str, dtype: torch.dtype = torch.float32, implementation: str = "sdpa") -> nn.Module:
+def family_model(family: str, dtype: torch.dtype = torch.float64, implementation: str = "sdpa") -> nn.Module:
     """A model that tests share: every one of them leaves it as it was."""
     return random_vlm(family, dtype=dtype, attn_implementation=implementation)
 
@@ -93,7 +93,7 @@ def rollout(model: nn.Module, prompt: FamilyPrompt, forced: Tensor, turn: bool =
     return out.logits, decode(model, prompt, out.past_key_values, forced, turn)
 
 
-def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype = torch.float64) -> None:
     """Equal up to rounding, relative to the largest value."""
     assert got.shape == expected.shape
     scale = max(1.0, float(expected.abs().max()))
