@@ -126,6 +126,15 @@ class PrunedDynamicCache(DynamicCache):
         """Tokens that ``layer`` holds beyond the prompt."""
         return self.stored(layer) - (self.prompt.layers[layer].length if self.prompt.layers else 0)
 
+    def hold(self, layer: int, places: Tensor, tokens: LayerTokens) -> None:
+        """Keep only the keys and values at ``places [B, n]`` of a layer; they belong to the prompt's ``tokens``."""
+        store = self.layers[layer]
+        index = places[:, None, :, None].expand(-1, store.keys.shape[1], -1, store.keys.shape[3])
+        store.keys, store.values = store.keys.gather(2, index), store.values.gather(2, index)
+        if hasattr(store, "cumulative_length"):  # layers with a sliding window count what they have seen
+            store.cumulative_length = places.shape[1]
+        self.prompt.layers[layer] = tokens
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if self.prompt.layers and not self.prompt.inside:
             raise UnsupportedError(PRUNED)

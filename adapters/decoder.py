@@ -233,8 +233,5 @@ def evict(step: Step, call: Prefill, info: ModelInfo, seeds: Seeds) -> None:
             keys = call.cache.layers[layer].keys
             _, local = apply_cut(step, call, selection, keys[:, 0], rows, places, context)
             assert local is not None
-            store = call.cache.layers[layer]
-            index = local[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-            store.keys, store.values = store.keys.gather(2, index), store.values.gather(2, index)
-            call.cache.prompt.layers[layer] = call.tokens
+            call.cache.hold(layer, local, call.tokens)
     call.tokens, call.visual = current, counted

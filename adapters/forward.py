@@ -169,7 +169,9 @@ class TextForward:
             policy=config.to_dict(self._policy),
             n_samples=layout.rows,
             prompt_tokens=layout.length,
-            images=tuple(ImageRecord(i.sample, i.index, len(i.positions), i.views) for i in layout.images),
+            images=tuple(
+                ImageRecord(i.sample, i.index, len(i.positions), i.views, i.shape.newlines) for i in layout.images
+            ),
             text_depth=self._info.text_depth or 0,
         )
 

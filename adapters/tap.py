@@ -15,8 +15,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from vlmprune.adapters.hooks import HookStack
+from vlmprune.core.errors import UnsupportedError
 
 TAP = "vlmprune_tap"
+FLASH_TAP = "vlmprune_flash_tap"
+"""Towers that pack images branch on "flash" in the name: with it they make one call for all segments."""
 _ORIGINAL = "_vlmprune_original_config"
 _RECORDER = "_vlmprune_recorder"
 
@@ -43,6 +46,11 @@ def tap_attention(
 ) -> Any:
     """The attention function of tapped modules: record, then attend as the original config says."""
     config = module.config
+    if kwargs.get("cu_seq_lens_q") is not None and not is_flash(getattr(config, _ORIGINAL)):
+        raise UnsupportedError(
+            "The attention implementation was changed from flash attention while a policy was applied; remove the "
+            "policy, change it, and apply again."
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     getattr(config, _RECORDER).record(module, query, key, attention_mask, scale, kwargs)
     attend = original_attention(module, getattr(config, _ORIGINAL))
@@ -59,12 +67,18 @@ def original_attention(module: nn.Module, config: Any) -> Any:
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
+def is_flash(config: Any) -> bool:
+    """True if a config asks for flash attention of any kind."""
+    return "flash" in (config._attn_implementation or "")
+
+
 def register_tap() -> None:
-    """File :func:`tap_attention` in transformers' table under :data:`TAP`; the only process-wide act, idempotent."""
+    """File :func:`tap_attention` in transformers' table under its two names; the only process-wide act, idempotent."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if TAP not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(TAP, tap_attention)
+    for name in (TAP, FLASH_TAP):
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(name, tap_attention)
 
 
 def install(module: nn.Module, recorder: Recorder, hooks: HookStack) -> None:
@@ -72,7 +86,7 @@ def install(module: nn.Module, recorder: Recorder, hooks: HookStack) -> None:
     register_tap()
     original = module.config
     config = copy.copy(original)
-    config.__dict__["_attn_implementation_internal"] = TAP
+    config.__dict__["_attn_implementation_internal"] = FLASH_TAP if is_flash(original) else TAP
     config.__dict__[_ORIGINAL] = original
     config.__dict__[_RECORDER] = recorder
     module.config = config

@@ -30,6 +30,13 @@ class AttentionCall:
     scale: float
     lengths: tuple[int, ...] | None = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Scale and mask as the kernels take them; flash attention has 2-D masks of keys."""
+        if self.mask is not None and self.mask.ndim == 2:
+            return {"scale": self.scale, "key_valid": self.mask.bool()}
+        return {"scale": self.scale, "mask": self.mask}
+
 
 class TowerRun(ABC):
     """One run of a tower over ``n_views`` views."""
@@ -99,11 +106,10 @@ class BatchedRun(TowerRun):
     def attention(self, signal: s.Signal, calls: list[AttentionCall]) -> Any:
         [call] = calls
         query, key, first = call.query, call.key, self._first
-        options: dict[str, Any] = {"scale": call.scale, "mask": call.mask}
         if isinstance(signal, s.ColumnMass):
-            return column_mass(query, key, reduce=signal.reduce, **options)[:, first:]
+            return column_mass(query, key, reduce=signal.reduce, **call.options)[:, first:]
         if isinstance(signal, s.ClsRow):
-            return attention_rows(query, key, [0], **options).mean(1)[:, 0, first:]
+            return attention_rows(query, key, [0], **call.options).mean(1)[:, 0, first:]
         if isinstance(signal, s.ClsLogits):
             scores = (query[:, :, :1].float() @ key.float().transpose(2, 3)).mean(1)[:, 0] * call.scale
             return scores[:, first:]
@@ -133,8 +139,8 @@ class BatchedAttention:
         """See :class:`AttentionMap`."""
         query, first = self.call.query, self.first
         rows = torch.arange(first, query.shape[2], device=query.device)
-        options: dict[str, Any] = {"scale": self.call.scale, "mask": self.call.mask, "reduce": reduce}
-        return column_mass(query, self.call.key, rows=rows, row_weight=row_weight, **options)[:, first:]
+        options = {**self.call.options, "rows": rows, "row_weight": row_weight, "reduce": reduce}
+        return column_mass(query, self.call.key, **options)[:, first:]
 
     def views(self, index: Tensor) -> AttentionMap:
         """The map of some views, ``index [V']``."""

@@ -8,10 +8,12 @@ python docs/generate.py --picture  # draw docs/overlay.png again
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -67,12 +69,31 @@ def _measured(wanted: Callable[[str], bool]) -> str:
     return f"{render_table(rows)}\n\n{where}"
 
 
+def support_policies() -> str:
+    """Which policy runs on which family."""
+    return _support_matrix().policy_table()
+
+
+def support_families() -> str:
+    """The families and what is tested on each."""
+    return _support_matrix().family_table()
+
+
+def _support_matrix() -> Any:
+    """The tests' matrix, which lies outside the package."""
+    if str(ROOT / "tests" / "support") not in sys.path:
+        sys.path.append(str(ROOT / "tests" / "support"))
+    return importlib.import_module("support_matrix")
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    "support-policies": support_policies,
+    "support-families": support_families,
     "policies": policies_table,
     "results": results_table,
     "all-results": all_results,
 }
-FILES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+FILES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "support.md")
 
 
 def regenerated(text: str) -> str:

@@ -11,6 +11,10 @@ from PIL import Image
 
 # For processors without a chat template: the form of LLaVA-1.5.
 FALLBACK_PROMPT = "USER: {images}{text} ASSISTANT:"
+# Processors that are told which images belong to which prompt; the others take one flat list.
+NESTED_IMAGES = frozenset(
+    {"Gemma3Processor", "Idefics3Processor", "LlavaOnevisionProcessor", "PaliGemmaProcessor", "SmolVLMProcessor"}
+)
 _GENERATION_KEYS = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams")
 
 
@@ -38,9 +42,10 @@ def encode(model: Any, processor: Any, prompts: Sequence[str], images: Sequence[
         model, processor: a vision-language model and its processor.
         prompts: rendered prompts. images: pictures of each prompt, in the order of its placeholders.
     """
-    flat = [image for row in images for image in row]
+    flat: list[Any] = [image for row in images for image in row]
+    given = [list(row) for row in images] if flat and type(processor).__name__ in NESTED_IMAGES else flat
     with _left_padding(processor.tokenizer):
-        batch = processor(text=list(prompts), images=flat or None, return_tensors="pt", padding=True)
+        batch = processor(text=list(prompts), images=given or None, return_tensors="pt", padding=True)
     return batch.to(model.device, dtype=model.dtype)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vlmprune.core.errors import InputError, UnsupportedError
+from vlmprune.core.views import View
 
 if TYPE_CHECKING:
     from vlmprune.core.report import ImageRecord, Report
@@ -34,7 +35,8 @@ def plot_selection(
     """Draw which visual tokens of an image survived the last forward.
 
     Kept tokens stay bright with a thin outline, dropped ones are dimmed. Tokens that were merged into one are
-    outlined together, in one colour per destination token.
+    outlined together, in one colour per destination token. An any-resolution image is drawn twice, side by side:
+    as thumbnail and as the canvas of its tiles.
 
     Args:
         image: the picture that was given to the processor.
@@ -51,27 +53,27 @@ def plot_selection(
 
     Raises:
         InputError: no forward yet, no such sample or image, or no scores.
-        UnsupportedError: the image was cut into several views.
+        UnsupportedError: the image was cut into views whose places in it are not known (frames; tiles that the
+            model does not put together).
     """
     record = _image_record(report, sample, image_index)
     assert report is not None
-    if len(record.views) != 1:
-        raise UnsupportedError(
-            f"Image {image_index} of sample {sample} has {len(record.views)} views; only images with one "
-            "view can be drawn. draw_tokens() takes any single view."
-        )
-    view = record.views[0]
-    cells = {token: cell for cell, token in enumerate(view.tokens().tolist())}
-    kept = [cells[token] for token in report.kept(sample, image_index) if token in cells]
-    merged = [[cells[t] for t in g if t in cells] for g in report.groups(sample, image_index)] if groups else None
-    values = None
-    if scores:
-        given = report.scores(sample, image_index)
-        if given is None:
-            raise InputError(f"{report.policy} gave no scores; draw without them.")
-        values = [given[token] for token in cells]
-    shown = model_view(image, processor)
-    return draw_tokens(shown, (view.height, view.width), kept, merged, values, dim)
+    panels = []
+    for view in _drawn_views(record):
+        cells = {token: cell for cell, token in enumerate(view.tokens().tolist())}
+        kept = [cells[token] for token in report.kept(sample, image_index) if token in cells]
+        merged = [[cells[t] for t in g if t in cells] for g in report.groups(sample, image_index)] if groups else None
+        values = None
+        if scores:
+            given = report.scores(sample, image_index)
+            if given is None:
+                raise InputError(f"{report.policy} gave no scores; draw without them.")
+            values = [given[token] for token in cells]
+        grid = (view.height, view.width)
+        whole = len(record.views) > 1 or _keeps_whole_image(processor)
+        shown = image.convert("RGB") if whole else model_view(image, processor)
+        panels.append(draw_tokens(_at_least(shown, grid), grid, kept, merged, values, dim))
+    return panels[0] if len(panels) == 1 else _side_by_side(panels)
 
 
 def draw_tokens(
@@ -137,6 +139,49 @@ def model_view(image: Image.Image, processor: Any = None, size: int | None = Non
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
+
+
+def _drawn_views(record: ImageRecord) -> list[View]:
+    """The views of an image that can be laid over it: its only one, or thumbnail and canvas.
+
+    Raises:
+        UnsupportedError: where its views lie in the image is not known.
+    """
+    views = list(record.views)
+    if len(views) == 1:
+        return views
+    thumbnails = [view for view in views if view.kind == "thumbnail"]
+    if len(thumbnails) != 1 or not record.newlines:
+        raise UnsupportedError(
+            f"Image {record.index} of sample {record.sample} has {len(views)} views, which the model does not put "
+            "together to one picture, so they cannot be drawn over it; draw_tokens() takes any single view."
+        )
+    rows = [range(newline.start, newline.place) for newline in record.newlines]
+    index = tuple(place for row in rows for place in row)
+    return [*thumbnails, View(len(rows), len(rows[0]), kind="tile", index=index)]
+
+
+def _keeps_whole_image(processor: Any) -> bool:
+    """True if a processor only resizes an image, to a grid that fits it (Qwen-VL)."""
+    return hasattr(getattr(processor, "image_processor", processor), "merge_size")
+
+
+def _at_least(image: Image.Image, grid: tuple[int, int]) -> Image.Image:
+    """The image, enlarged where it has fewer pixels than the grid has cells."""
+    size = (max(image.width, grid[1]), max(image.height, grid[0]))
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _side_by_side(panels: Sequence[Image.Image], gap: int = 8) -> Image.Image:
+    """Pictures of one height in a row."""
+    height = max(panel.height for panel in panels)
+    scaled = [panel.resize((round(panel.width * height / panel.height), height)) for panel in panels]
+    sheet = Image.new("RGB", (sum(panel.width + gap for panel in scaled) - gap, height), WHITE)
+    left = 0
+    for panel in scaled:
+        sheet.paste(panel, (left, 0))
+        left += panel.width + gap
+    return sheet
 
 
 def group_colours(n: int) -> list[tuple[int, int, int]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixed_policy import FixedKeep
+from fixed_policy import FixedEviction, FixedKeep, Kept
 from llava_prompts import LlavaPrompt, N, decode, make_prompt, pick_tokens, prefill, small_llava
 from masked_reference import hidden_keys
 from torch import Tensor, nn
@@ -21,28 +21,6 @@ from vlmprune.core.policy import PolicyMeta
 from vlmprune.core.selection import Selection
 from vlmprune.core.signals import AttentionRows, Signal
 from vlmprune.core.sites import Site
-
-Kept = tuple[tuple[tuple[int, ...], ...], ...]
-
-
-@dataclass(frozen=True)
-class FixedEviction(CachePolicy):
-    """Keeps ``kept[layer][item]`` of sample ``item``'s visual tokens in the cache of each layer."""
-
-    meta = PolicyMeta(title="fixed evictions, for tests")
-    name = "fixed_eviction"
-
-    kept: Kept = ()
-    keep: Any = 0.5
-
-    def cache_signals(self, info: ModelInfo, layer: int) -> tuple[Signal, ...]:
-        return ()
-
-    def select_kv_cache(self, context: Context) -> Selection:
-        mask = torch.zeros_like(context.valid)
-        for item, tokens in enumerate(self.kept[context.layer or 0]):
-            mask[item, list(tokens)] = True
-        return Selection.from_mask(mask & context.valid)
 
 
 @dataclass(frozen=True)

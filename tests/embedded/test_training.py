@@ -54,7 +54,7 @@ def test_a_branch_is_the_full_prompt_cut_after_the_newline(encoder):
     ids, answer = encoder.branch("what color is the circle?", "red")
     full = encoder.tokenizer(prompt("what color is the circle?") + " red")["input_ids"]
     placeholder = encoder.tokenizer.convert_tokens_to_ids("<image>")
-    assert [*encoder.before, placeholder, encoder.newline, *ids, answer] == full
+    assert [*encoder.before, placeholder, *encoder.after, *ids, answer] == full
 
 
 def test_batch_puts_the_answer_after_the_prompt_and_focus_on_its_object(encoder):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from vlmprune.core.bases import CachePolicy
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy, PolicyMeta
 from vlmprune.core.selection import Selection
+from vlmprune.core.signals import Signal
 from vlmprune.core.sites import Site, SiteRequest
 
 
@@ -58,3 +61,26 @@ class MeanGroups(FixedKeep):
         groups = torch.where(context.valid, index, -1)
         counts = tuple(-(-n // self.size) for n in context.lengths)
         return Selection.merge(groups, max(counts), mode="mean", counts=counts)
+
+
+Kept = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@dataclass(frozen=True)
+class FixedEviction(CachePolicy):
+    """Keeps ``kept[layer][item]`` of sample ``item``'s visual tokens in the cache of each layer."""
+
+    meta = PolicyMeta(title="fixed evictions, for tests")
+    name = "fixed_eviction"
+
+    kept: Kept = ()
+    keep: Any = 0.5
+
+    def cache_signals(self, info: ModelInfo, layer: int) -> tuple[Signal, ...]:
+        return ()
+
+    def select_kv_cache(self, context: Context) -> Selection:
+        mask = torch.zeros_like(context.valid)
+        for item, tokens in enumerate(self.kept[context.layer or 0]):
+            mask[item, list(tokens)] = True
+        return Selection.from_mask(mask & context.valid)

@@ -11,17 +11,18 @@ import torch
 from vlmprune.core.selection import Selection
 from vlmprune.core.sites import Site
 from vlmprune.core.source_map import SourceMap
-from vlmprune.core.views import View
+from vlmprune.core.views import Newline, View
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image of the batch: its sample, its place there, its visual tokens and their views."""
+    """One image of the batch: its sample, its place there, its visual tokens, their views and newlines."""
 
     sample: int
     index: int
     n_tokens: int
     views: tuple[View, ...] = ()
+    newlines: tuple[Newline, ...] = ()
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Small trained models, their data generators and their training.
 
 `load_embedded("tiny-llava")` gives a LLaVA of 2.7 million parameters that answers questions about synthetic
-scenes and easy-VQA; its files, training facts and curve lie in `assets/tiny-llava`.
+scenes and easy-VQA, `load_embedded("tiny-qwen")` a Qwen2.5-VL that does so at several resolutions; files, training
+facts and curve of each lie in `assets/<name>`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 from vlmprune.core.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import PreTrainedModel, ProcessorMixin
 
-_MODELS = ("tiny-llava",)
+_MODELS = {"tiny-llava": "LlavaForConditionalGeneration", "tiny-qwen": "Qwen2_5_VLForConditionalGeneration"}
 _LAZY = {
     "FAMILIES": "questions",
     "HEADLINE_FAMILIES": "questions",
@@ -34,7 +35,7 @@ __all__ = ["embedded_models", "load_embedded", "model_path", *sorted(_LAZY)]
 
 def embedded_models() -> tuple[str, ...]:
     """Names of the models that ship in the package."""
-    return _MODELS
+    return tuple(_MODELS)
 
 
 def model_path(name: str = "tiny-llava") -> Path:
@@ -51,7 +52,7 @@ def model_path(name: str = "tiny-llava") -> Path:
 
 def load_embedded(
     name: str = "tiny-llava", dtype: torch.dtype = torch.float32
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load an embedded model and its processor with the stock transformers classes, in eval mode.
 
     Args:
@@ -62,10 +63,10 @@ def load_embedded(
         InputError: unknown name.
     """
     path = model_path(name)
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    import transformers
 
-    model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
-    return model.eval(), AutoProcessor.from_pretrained(path)
+    model = getattr(transformers, _MODELS[name]).from_pretrained(path, dtype=dtype)
+    return model.eval(), transformers.AutoProcessor.from_pretrained(path)
 
 
 def __getattr__(name: str) -> Any:

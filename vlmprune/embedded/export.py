@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,34 +17,51 @@ from .processor import CHAT_TEMPLATE
 from .scenes import IMAGE_SIZE, PATCH_SIZE
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from tokenizers import Tokenizer
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
-OWN_FILES = (
-    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    "processor_config.json", "preprocessor_config.json", "chat_template.jinja",
-)  # fmt: skip
+SHARED_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def export_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, target: Path) -> None:
-    """Replace the checkpoint files in `target`, each atomically; other files there stay.
+    """Replace the checkpoint files of `tiny-llava` in `target`, each atomically; other files there stay.
 
     Args:
         model: weights in any dtype; stored as bfloat16, loaded as float32 unless told otherwise.
         processor: from `build_processor`.
         target: folder, created where missing.
     """
+    write_folder(model, processor.tokenizer.backend_tokenizer, target, _plain_files(), _finish)
+
+
+def write_folder(
+    model: PreTrainedModel, tokenizer: Tokenizer, target: Path, plain: dict[str, str], finish: Callable[[Path], None]
+) -> None:
+    """Save weights, config and tokenizer, let `finish` edit them in a temporary folder, then move all to `target`.
+
+    Args:
+        model: weights in any dtype; stored as bfloat16.
+        tokenizer: backend tokenizer.
+        target: folder, created where missing; files with other names there stay.
+        plain: content of the small files by name.
+        finish: called with the temporary folder.
+    """
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         source = Path(folder)
         model.to(torch.bfloat16).save_pretrained(source)
-        _rename_tower(source / "model.safetensors")
-        processor.tokenizer.backend_tokenizer.save(str(source / "tokenizer.json"))
-        _patch_config(source / "config.json")
-        for name, content in _plain_files().items():
+        tokenizer.save(str(source / "tokenizer.json"))
+        finish(source)
+        for name, content in plain.items():
             (source / name).write_text(content)
-        for name in OWN_FILES:
+        for name in (*SHARED_FILES, *plain):
             (source / name).chmod(0o644)
             os.replace(source / name, target / name)
+
+
+def _finish(source: Path) -> None:
+    _rename_tower(source / "model.safetensors")
+    _patch_config(source / "config.json")
 
 
 def _rename_tower(path: Path) -> None:
@@ -62,7 +80,7 @@ def _patch_config(path: Path) -> None:
     config["text_config"]["bos_token_id"], config["text_config"]["eos_token_id"] = BOS_ID, EOS_ID
     config["tie_word_embeddings"] = True
     config["dtype"] = "float32"
-    path.write_text(_json(config))
+    path.write_text(to_json(config))
 
 
 def _plain_files() -> dict[str, str]:
@@ -88,13 +106,14 @@ def _plain_files() -> dict[str, str]:
     }  # fmt: skip
     generation = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID, "max_new_tokens": 4}
     return {
-        "tokenizer_config.json": _json(tokenizer),
-        "processor_config.json": _json(processor),
-        "preprocessor_config.json": _json(images),
-        "generation_config.json": _json(generation),
+        "tokenizer_config.json": to_json(tokenizer),
+        "processor_config.json": to_json(processor),
+        "preprocessor_config.json": to_json(images),
+        "generation_config.json": to_json(generation),
         "chat_template.jinja": CHAT_TEMPLATE,
     }
 
 
-def _json(data: dict[str, Any]) -> str:
+def to_json(data: dict[str, Any]) -> str:
+    """Indented JSON with a final newline."""
     return json.dumps(data, indent=2) + "\n"

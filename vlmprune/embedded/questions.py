@@ -16,7 +16,7 @@ import numpy as np
 from vlmprune.core.errors import InputError
 
 from .bank import SHAPES
-from .scenes import COLOURS, DIGIT, IMAGE_SIZE, KINDS, Scene, SceneObject
+from .scenes import COLOURS, DIGIT, KINDS, Scene, SceneObject
 
 T = TypeVar("T")
 FAMILIES = ("shape", "colour", "digit", "digit_colour", "side", "count", "exist", "relation")
@@ -140,20 +140,21 @@ def _ask_digit_colour(rng: np.random.Generator, scene: Scene) -> Question | None
 
 def _ask_side(rng: np.random.Generator, scene: Scene) -> Question | None:
     axis = int(rng.integers(2))  # 0: left or right, 1: top or bottom
+    middle = scene.size[1 - axis] / 2
     by_colour = rng.random() < 0.5
     keys = [o.colour if by_colour else _name(o) for o in scene.objects]
-    far = [i for i in _unique(keys) if abs(scene.objects[i].centre[axis] - IMAGE_SIZE / 2) >= SIDE_MARGIN]
+    far = [i for i in _unique(keys) if abs(scene.objects[i].centre[axis] - middle) >= SIDE_MARGIN]
     if not far:
         return None
     # Choose the side first, so that the answers balance.
     want_high = bool(rng.integers(2))
-    options = [i for i in far if (scene.objects[i].centre[axis] > IMAGE_SIZE / 2) == want_high] or far
+    options = [i for i in far if (scene.objects[i].centre[axis] > middle) == want_high] or far
     i = _pick(rng, options)
     item = scene.objects[i]
     thing = f"{item.colour} object" if by_colour else f"{item.colour} {item.kind}"
     words = (("left", "right"), ("top", "bottom"))[axis]
     place = ("on the left or right", "at the top or bottom")[axis]
-    answer = words[int(item.centre[axis] > IMAGE_SIZE / 2)]
+    answer = words[int(item.centre[axis] > middle)]
     return Question("side", f"is the {thing} {place}?", answer, (i,), (i,))
 
 

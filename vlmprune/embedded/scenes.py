@@ -53,9 +53,9 @@ class Scene:
     """A picture with its ground truth.
 
     Attributes:
-        image: uint8 `[224, 224, 3]`.
+        image: uint8 `[H, W, 3]`, 224 x 224 unless the settings say otherwise.
         objects: what can be asked about, in painting order (no two overlap).
-        patch_object: int16 `[14, 14]`, index of the object that covers most of a patch, -1 for background.
+        patch_object: int16 `[H / 16, W / 16]`, index of the object that covers most of a patch, -1 for background.
         background: `"photo:<name>"` or `"plain"`.
     """
 
@@ -63,6 +63,12 @@ class Scene:
     objects: tuple[SceneObject, ...]
     patch_object: np.ndarray
     background: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels; known even where the picture itself was dropped."""
+        rows, columns = self.patch_object.shape
+        return rows * PATCH_SIZE, columns * PATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class SceneSettings:
         plain: probability of a plain background instead of a photograph.
         shape_size: smallest and largest shape in pixels.
         digit_size: smallest and largest digit card in pixels.
+        size: height and width of the picture in pixels, multiples of 16, at most 384 on a side.
     """
 
     objects: tuple[int, int] = (5, 9)
@@ -84,9 +91,19 @@ class SceneSettings:
     plain: float = 0.08
     shape_size: tuple[int, int] = (22, 36)
     digit_size: tuple[int, int] = (38, 46)
+    size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
 
 
 HELD_OUT = SceneSettings(plain=0.0)
+
+
+def for_size(settings: SceneSettings, size: tuple[int, int]) -> SceneSettings:
+    """The same scenes on a canvas of `size` pixels (height, width): fewer objects where it is smaller, from four up."""
+    if size == settings.size:
+        return settings
+    ratio = size[0] * size[1] / (settings.size[0] * settings.size[1])
+    low, high = settings.objects
+    return replace(settings, size=size, objects=(min(low, 4), max(4, min(high, round(high * ratio)))))
 
 
 def generate_scene(rng: np.random.Generator, split: str = "train", settings: SceneSettings = SceneSettings()) -> Scene:
@@ -105,12 +122,13 @@ def generate_scene(rng: np.random.Generator, split: str = "train", settings: Sce
     for _ in range(int(rng.integers(settings.clutter[0], settings.clutter[1] + 1))):
         _paint_clutter(rng, bank, image)
     objects: list[SceneObject] = []
-    patch_object = np.full((GRID, GRID), -1, dtype=np.int16)
-    best = np.full((GRID, GRID), MIN_COVERAGE, dtype=np.int64)
+    grid = (settings.size[0] // PATCH_SIZE, settings.size[1] // PATCH_SIZE)
+    patch_object = np.full(grid, -1, dtype=np.int16)
+    best = np.full(grid, MIN_COVERAGE, dtype=np.int64)
     taken: list[tuple[int, int, int, int]] = []
     for wanted in _plan(rng, settings):
         mask, digit = _draw(rng, bank, wanted.kind, settings)
-        box = _place(rng, mask.ground.shape, taken)
+        box = _place(rng, settings.size, mask.ground.shape, taken)
         if box is None:
             continue
         taken.append(box)
@@ -142,11 +160,11 @@ def _draw(rng: np.random.Generator, bank: Bank, kind: str, settings: SceneSettin
 
 
 def _place(
-    rng: np.random.Generator, shape: tuple[int, int], taken: list[tuple[int, int, int, int]]
+    rng: np.random.Generator, size: tuple[int, int], shape: tuple[int, int], taken: list[tuple[int, int, int, int]]
 ) -> tuple[int, int, int, int] | None:
     """Find a free box by rejection; None after 40 tries."""
     height, width = shape
-    tries = rng.integers(0, (IMAGE_SIZE - width + 1, IMAGE_SIZE - height + 1), size=(40, 2)).tolist()
+    tries = rng.integers(0, (size[1] - width + 1, size[0] - height + 1), size=(40, 2)).tolist()
     for x, y in tries:
         x1, y1 = x + width, y + height
         free = all(
@@ -189,14 +207,16 @@ def _claim_patches(
 
 
 def _background(rng: np.random.Generator, bank: Bank, settings: SceneSettings) -> tuple[np.ndarray, str]:
+    height, width = settings.size
     if rng.random() < settings.plain:
         colour = rng.integers(0, 256, size=3)
-        return np.broadcast_to(colour.astype(np.uint8), (IMAGE_SIZE, IMAGE_SIZE, 3)).copy(), "plain"
+        return np.broadcast_to(colour.astype(np.uint8), (height, width, 3)).copy(), "plain"
     which = int(rng.integers(len(bank.photos)))
-    photo = bank.photos[which][int(rng.integers(len(bank.photos[which])))]
-    y = int(rng.integers(photo.shape[0] - IMAGE_SIZE + 1))
-    x = int(rng.integers(photo.shape[1] - IMAGE_SIZE + 1))
-    crop = photo[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]
+    large = [p for p in bank.photos[which] if p.shape[0] >= height and p.shape[1] >= width]
+    photo = large[int(rng.integers(len(large)))]
+    y = int(rng.integers(photo.shape[0] - height + 1))
+    x = int(rng.integers(photo.shape[1] - width + 1))
+    crop = photo[y : y + height, x : x + width]
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
     contrast = rng.uniform(0.45, 1.0)
@@ -213,7 +233,7 @@ def _paint_clutter(rng: np.random.Generator, bank: Bank, image: np.ndarray) -> N
     if style == 0:
         alpha = bank.scribbles[int(rng.integers(len(bank.scribbles)))]
         side = alpha.shape[0]
-    x, y = rng.integers(0, IMAGE_SIZE - side + 1, size=2).tolist()
+    x, y = rng.integers(0, (image.shape[1] - side + 1, image.shape[0] - side + 1)).tolist()
     region = image[y : y + side, x : x + side]
     if style == 0:
         blend = alpha[..., None] * np.float32(1 / 255)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from ..model import PAD_ID
 from ..processor import prompt
 from ..questions import INSTRUCTION, Question
-from ..scenes import GRID
 from .scene_cache import Entry
 
 LOOKUP = {"shape": 1.2, "colour": 1.3, "digit": 1.4, "digit_colour": 1.0, "side": 1.1}
@@ -25,15 +25,25 @@ LATE = {
 
 
 class Encoder:
-    """Cached tokenisation of `prompt(question)` around the visual tokens."""
+    """Cached tokenisation of `template(question)` around the visual tokens.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    Attributes:
+        before: ids before the image.
+        after: ids after the image that belong to the prefix of every question.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: Callable[[str], str] = prompt,
+        image_token: str = "<image>",
+        n_after: int = 1,
+    ) -> None:
+        self.tokenizer, self.template = tokenizer, template
         self.cache: dict[tuple[str, str], tuple[list[int], int]] = {}
-        image_id = tokenizer.convert_tokens_to_ids("<image>")
-        ids = tokenizer(prompt("what?")).input_ids
-        place = ids.index(image_id)
-        self.before, self.newline = ids[:place], ids[place + 1]
+        ids = tokenizer(template("what?")).input_ids
+        place = ids.index(tokenizer.convert_tokens_to_ids(image_token))
+        self.before, self.after = ids[:place], ids[place + 1 : place + 1 + n_after]
 
     def word_ids(self, words: tuple[str, ...]) -> list[int]:
         """Ids of words as they stand in a sentence (with a leading space)."""
@@ -43,8 +53,8 @@ class Encoder:
         """Ids of the question up to and including `ASSISTANT:`, and the id of the answer."""
         key = (text, answer)
         if key not in self.cache:
-            ids = self.tokenizer(f"{prompt(text)} {answer}").input_ids
-            start = len(self.before) + 2  # placeholder and newline come before the question
+            ids = self.tokenizer(f"{self.template(text)} {answer}").input_ids
+            start = len(self.before) + 1 + len(self.after)
             self.cache[key] = (ids[start:-1], ids[-1])
         return self.cache[key]
 
@@ -77,7 +87,7 @@ def choose_tokens(rng: np.random.Generator, owners: np.ndarray, progress: float)
 
     Random subsets make the decoder degrade gently when a policy drops tokens.
     """
-    total = GRID * GRID
+    total = owners.shape[1]
     late = progress > 0.8
     dice = rng.random()
     if dice < (0.4 if late else 0.15):
@@ -86,6 +96,7 @@ def choose_tokens(rng: np.random.Generator, owners: np.ndarray, progress: float)
         count, priority = int(rng.integers(8, 150)), rng.random(owners.shape)
     else:
         count, priority = int(rng.choice((72, 96))), rng.random(owners.shape) + 2.0 * (owners >= 0)
+    count = min(count, total)
     return np.sort(np.argpartition(-priority, count - 1, axis=1)[:, :count], axis=1)
 
 

@@ -4,6 +4,11 @@ python -m vlmprune.embedded.train tower --out runs/tiny --minutes 30 --ranks 2
 python -m vlmprune.embedded.train align --out runs/tiny
 python -m vlmprune.embedded.train decoder --out runs/tiny --minutes 30 --ranks 2
 python -m vlmprune.embedded.train export --out runs/tiny --target vlmprune/embedded/assets/tiny-llava
+
+python -m vlmprune.embedded.train qwen-tower --out runs/qwen --minutes 40 --ranks 1
+python -m vlmprune.embedded.train qwen-start --out runs/qwen
+python -m vlmprune.embedded.train qwen-decoder --out runs/qwen --minutes 20 --ranks 1
+python -m vlmprune.embedded.train qwen-export --out runs/qwen --target vlmprune/embedded/assets/tiny-qwen
 """
 
 from __future__ import annotations
@@ -15,7 +20,14 @@ import torch.multiprocessing as mp
 
 from .common import FlatParameters, StageSettings, load_checkpoint, start_rank
 
-DEFAULTS = {"tower": (32, 1.5e-3), "decoder": (16, 2.5e-3)}  # images per rank and step, peak learning rate
+# Images per rank and step, peak learning rate, pictures that are kept ready.
+DEFAULTS = {
+    "tower": (32, 1.5e-3, 2500),
+    "decoder": (16, 2.5e-3, 2500),
+    "qwen-tower": (24, 2e-3, 4000),
+    "qwen-decoder": (16, 1e-3, 2000),
+}
+STEPS = ("align", "qwen-start", "export", "qwen-export")
 
 
 def _run(rank: int, stage: str, world: int, out: Path, settings: StageSettings) -> None:
@@ -24,6 +36,15 @@ def _run(rank: int, stage: str, world: int, out: Path, settings: StageSettings) 
         from .tower import train_tower
 
         train_tower(rank, world, out, settings)
+    elif stage == "qwen-tower":
+        from .qwen_tower import train_qwen_tower
+
+        train_qwen_tower(rank, world, out, settings)
+    elif stage == "qwen-decoder":
+        from .qwen_decoder import train_qwen_decoder
+        from .qwen_start import load_start, load_tokenizer
+
+        train_qwen_decoder(rank, world, out, settings, load_start(out, settings.seed), load_tokenizer())
     else:
         from ..processor import build_processor
         from .align import load_aligned
@@ -49,12 +70,43 @@ def export(out: Path, target: Path, seed: int) -> None:
     write_facts(out, target, seed, model.num_parameters())
 
 
+def export_qwen_run(out: Path, target: Path, seed: int) -> None:
+    """Write the averaged weights of stage `qwen-decoder` as a `from_pretrained` folder."""
+    from .. import model_path
+    from ..qwen_export import export_qwen
+    from ..qwen_processor import build_qwen_tokenizer
+    from .facts import write_facts
+    from .qwen_facts import QWEN
+    from .qwen_start import load_start
+
+    model = load_start(out, seed)
+    state = load_checkpoint(out / "qwen_decoder.pt")
+    if state is not None:
+        flat = FlatParameters([model.model.visual.merger, model.model.language_model], 0.0)
+        flat.values.copy_(state["average"])
+    export_qwen(model, build_qwen_tokenizer(model_path("tiny-llava") / "tokenizer.json"), target)
+    write_facts(out, target, seed, model.num_parameters(), QWEN)
+
+
+def _between(step: str, out: Path, seed: int) -> None:
+    """The short steps between the stages."""
+    if step == "align":
+        from ..processor import build_processor
+        from .align import align
+
+        align(out, build_processor().tokenizer, seed=seed)
+    else:
+        from .qwen_start import load_tokenizer, start_decoder
+
+        start_decoder(out, load_tokenizer(), seed=seed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Train tiny-llava. Stages run in the order tower, align, decoder, export; "
-        "tower and decoder resume from their checkpoint in --out."
+        description="Train tiny-llava in the stages tower, align, decoder, export, or tiny-qwen from it in the stages "
+        "qwen-tower, qwen-start, qwen-decoder, qwen-export; tower and decoder resume from their checkpoint in --out."
     )
-    parser.add_argument("stage", choices=("tower", "align", "decoder", "export"))
+    parser.add_argument("stage", choices=(*STEPS, *DEFAULTS))
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and curve.csv")
     parser.add_argument("--minutes", type=float, default=30.0, help="time budget of the stage")
     parser.add_argument("--ranks", type=int, default=2, help="single-threaded processes")
@@ -64,21 +116,18 @@ def main() -> None:
     parser.add_argument("--target", type=Path, help="export: folder of the finished model")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.stage == "export":
+    if args.stage.endswith("export"):
         if args.target is None:
-            parser.error("export needs --target")
-        export(args.out, args.target, args.seed)
+            parser.error(f"{args.stage} needs --target")
+        (export if args.stage == "export" else export_qwen_run)(args.out, args.target, args.seed)
         return
-    if args.stage == "align":
-        from ..processor import build_processor
-        from .align import align
-
+    if args.stage in STEPS:
         start_rank(0, 1, args.out)
-        align(args.out, build_processor().tokenizer, seed=args.seed)
+        _between(args.stage, args.out, args.seed)
         return
     (args.out / "rendezvous").unlink(missing_ok=True)
-    batch, lr = DEFAULTS[args.stage]
+    batch, lr, cache = DEFAULTS[args.stage]
     settings = StageSettings(
-        minutes=args.minutes, batch=args.batch or batch, lr=args.lr or lr, seed=args.seed, warmup=100
+        minutes=args.minutes, batch=args.batch or batch, lr=args.lr or lr, seed=args.seed, warmup=100, cache=cache
     )
     mp.start_processes(_run, (args.stage, args.ranks, args.out, settings), nprocs=args.ranks, start_method="spawn")

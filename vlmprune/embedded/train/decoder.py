@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..easyvqa import load_easy_vqa
-from ..fastdecoder import decode
+from ..fastdecoder import DecoderOutput, decode
 from ..fastpath import patchify, project, tower_features
 from ..questions import FAMILIES, Question, ask
 from ..scenes import GRID, HELD_OUT, Scene, generate_scene
@@ -44,31 +44,32 @@ def prefix_embeddings(model: Any, encoder: Encoder, features: Tensor) -> Tensor:
     visual = project(core.multi_modal_projector, features)
     table = core.language_model.embed_tokens.weight
     before = table[torch.tensor(encoder.before)].expand(len(visual), -1, -1)
-    newline = table[encoder.newline].expand(len(visual), 1, -1)
-    return torch.cat([before, visual, newline], dim=1)
+    after = table[torch.tensor(encoder.after)].expand(len(visual), -1, -1)
+    return torch.cat([before, visual, after], dim=1)
 
 
 def answer_logits(model: Any, encoder: Encoder, prefix: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits at `ASSISTANT:` and at the answer `[B, Q, vocab]`; attention of the former `[B, Q, H, V]`."""
     output = decode(model.model.language_model, prefix, batch.ids, FOCUS_LAYER)
-    table = model.model.language_model.embed_tokens.weight.to(torch.bfloat16)
+    return read_answers(output, model.model.language_model.embed_tokens.weight, batch, len(encoder.before))
+
+
+def read_answers(output: DecoderOutput, table: Tensor, batch: Batch, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `answer_logits` gives, from a decoder pass whose visual tokens begin at `start`."""
     b = torch.arange(batch.ids.shape[0])[:, None]
     q = torch.arange(batch.ids.shape[1])[None, :]
     at_answer = output.hidden[b, q, batch.place]
     at_end = output.hidden[b, q, batch.place + 1]
-    logits = F.linear(torch.stack([at_answer, at_end]).to(torch.bfloat16), table).float()
-    start = len(encoder.before)
+    logits = F.linear(torch.stack([at_answer, at_end]).to(torch.bfloat16), table.to(torch.bfloat16)).float()
     rows = output.attention.permute(0, 1, 3, 2, 4)[b, q, batch.place]  # [B, Q, H, P]
     return logits[0], logits[1], rows[..., start : start + batch.kept.shape[1]]
 
 
-def position_loss(model: Any, encoder: Encoder, prefix: Tensor, batch: Batch) -> Tensor:
+def position_loss(model: Any, encoder: Encoder, visual: Tensor, batch: Batch) -> Tensor:
     """Error of the object's place, read from the visual tokens along `left`-`right` and `top`-`bottom`.
 
     Without it one of the two axes can be lost early, and then no question about it is ever learned.
     """
-    start = len(encoder.before)
-    visual = prefix[:, start : start + batch.kept.shape[1]]
     table = model.model.language_model.embed_tokens.weight.detach()
     ends = table[torch.tensor(encoder.word_ids(("left", "right", "top", "bottom")))]
     axes = F.normalize(torch.stack([ends[1] - ends[0], ends[3] - ends[2]]), dim=-1)
@@ -77,19 +78,31 @@ def position_loss(model: Any, encoder: Encoder, prefix: Tensor, batch: Batch) ->
     return (error.abs() * known).sum() / known.sum().clamp(min=1)
 
 
-def decoder_loss(model: Any, encoder: Encoder, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, whether each answer was right `[B, Q]`, and the mean attention mass on the right object."""
-    prefix = prefix_embeddings(model, encoder, features)
-    answer, end, attention = answer_logits(model, encoder, prefix, batch)
+def answer_loss(logits: tuple[Tensor, Tensor, Tensor], batch: Batch, end_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of answers and attention, whether each answer was right `[B, Q]`, and the mean mass on the right object.
+
+    Args:
+        logits: from `answer_logits`.
+        batch: the questions.
+        end_id: id of `</s>`.
+    """
+    answer, end, attention = logits
     loss = F.cross_entropy(answer.flatten(0, 1), batch.answers.flatten())
-    eos = torch.full_like(batch.answers, encoder.tokenizer.eos_token_id)
-    loss = loss + END_WEIGHT * F.cross_entropy(end.flatten(0, 1), eos.flatten())
+    loss = loss + END_WEIGHT * F.cross_entropy(end.flatten(0, 1), torch.full_like(batch.answers, end_id).flatten())
     mass = (attention[:, :, list(FOCUS_HEADS)] * batch.focus).sum(-1)  # [B, Q, 2]
     known = batch.focus.any(-1).float()
     focus = (-torch.log(mass + 1e-3) * known).sum() / known.sum().clamp(min=1.0)
     mean_mass = (mass.detach() * known).sum() / known.sum().clamp(min=1.0)
-    loss = loss + FOCUS_WEIGHT * focus + POSITION_WEIGHT * position_loss(model, encoder, prefix, batch)
-    return loss, answer.detach().argmax(-1) == batch.answers, mean_mass
+    return loss + FOCUS_WEIGHT * focus, answer.detach().argmax(-1) == batch.answers, mean_mass
+
+
+def decoder_loss(model: Any, encoder: Encoder, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, whether each answer was right `[B, Q]`, and the mean attention mass on the right object."""
+    prefix = prefix_embeddings(model, encoder, features)
+    logits = answer_logits(model, encoder, prefix, batch)
+    loss, right, mass = answer_loss(logits, batch, encoder.tokenizer.eos_token_id)
+    visual = prefix[:, len(encoder.before) :][:, : batch.kept.shape[1]]
+    return loss + POSITION_WEIGHT * position_loss(model, encoder, visual, batch), right, mass
 
 
 class HeldOut:
@@ -126,7 +139,7 @@ class HeldOut:
             entries, questions = self.entries[part], self.questions[part]
             noise = rng.random((len(entries), GRID * GRID))
             kept = np.sort(np.argsort(noise, axis=1)[:, : keep or GRID * GRID], axis=1)
-            fixed: list[Entry] = [_Fixed(e.owner, q) for e, q in zip(entries, questions, strict=True)]
+            fixed: list[Entry] = [Fixed(e.owner, q) for e, q in zip(entries, questions, strict=True)]
             batch = make_batch(rng, encoder, fixed, len(FAMILIES), ALL, kept, False)
             features = _gather(self.features[part], batch.kept)
             prefix = prefix_embeddings(model, encoder, features)
@@ -137,7 +150,7 @@ class HeldOut:
         return {family: float(np.mean(hits[family])) for family in FAMILIES}
 
 
-class _Fixed(Entry):
+class Fixed(Entry):
     """An entry whose questions are given."""
 
     def __init__(self, owner: np.ndarray, given: list[Question]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,27 +50,47 @@ AIDS = {
 }
 
 
-def write_facts(out: Path, target: Path, seed: int, parameters: int) -> None:
+@dataclass(frozen=True)
+class Recipe:
+    """What the code of a recipe knows about it: name of the model, stages, data, aids, processes."""
+
+    model: str
+    stages: tuple[str, ...]
+    data: dict[str, Any]
+    aids: dict[str, Any]
+    processes: int
+
+
+LLAVA = Recipe("tiny-llava", ("tower", "decoder"), DATA, AIDS, processes=2)
+
+
+def write_facts(out: Path, target: Path, seed: int, parameters: int, recipe: Recipe = LLAVA) -> None:
     """Write `target/training.json` and copy the curve.
 
     Args:
-        out: folder of the run with `tower.pt`, `decoder.pt` and `curve.csv`.
+        out: folder of the run with a checkpoint per stage and `curve.csv`.
         target: folder of the exported model.
         seed: seed of the run.
         parameters: number of weights of the model.
+        recipe: what was trained.
     """
     import transformers
 
-    stages = {name: _stage(out / f"{name}.pt") for name in ("tower", "decoder")}
+    stages = {name: _stage(out / f"{name}.pt") for name in recipe.stages}
     facts: dict[str, Any] = {
-        "model": "tiny-llava",
+        "model": recipe.model,
         "parameters": parameters,
         "seed": seed,
         "stages": {name: stage for name, stage in stages.items() if stage is not None},
         "weights": "exponential moving average of the last steps",
-        "data": DATA,
-        "training_aids": AIDS,
-        "machine": {"system": platform.system(), "cpu": _cpu(), "processes": 2, "threads_per_process": 1},
+        "data": recipe.data,
+        "training_aids": recipe.aids,
+        "machine": {
+            "system": platform.system(),
+            "cpu": _cpu(),
+            "processes": recipe.processes,
+            "threads_per_process": 1,
+        },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     notes = out / "notes.json"  # optional: what happened to this run that the code does not tell
