@@ -105,7 +105,7 @@ def test_tokens_per_layer_follow_the_budget(family: str, images: tuple[int, ...]
     with vlmprune.applied(model, policy) as handle:
         prefill(model, prompt, use_cache=True)
         report = handle.last
-    settings = policy.settings_of(0.45, policy.parts(handle.info))
+    settings = policy.settings_of(0.45, handle.info)
     for row, lengths in enumerate([len(tokens) for tokens in parts] for parts in prompt.places()):
         left = [n - round(n * (1 - settings.r1)) for n in lengths]
         first = sum(left) + (len(lengths) == 1 and not video)

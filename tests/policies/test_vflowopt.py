@@ -263,7 +263,7 @@ def test_without_a_the_cells_are_half_a_view() -> None:
     tokens = torch.randn(36, 2)
     policy = Given(keep=0.4, values=[torch.rand(36)])
     context = contexts.post_encoder([contexts.image(6, 6)], 0.4, {Projected(): [tokens]})
-    share = policy.settings_of(0.4, PARTS).r1
+    share = policy.settings_of(0.4, contexts.LLAVA).r1
     explicit = replace(policy, a=3.0)
     assert torch.equal(policy.select(context).anchors(), explicit.select(context).anchors())
     selection = policy.select(context)
@@ -286,7 +286,7 @@ def test_inner_cuts_drop_the_least_important() -> None:
     assert (second.layer, third.layer) == (10, 20)
     generator = torch.Generator().manual_seed(2)
     rows = [torch.rand(n, generator=generator).tolist() for n in (20, 13)]
-    r3 = policy.settings_of(0.4, PARTS).r3
+    r3 = policy.settings_of(0.4, contexts.LLAVA).r3
     for layer, share in ((10, 0.7), (20, r3)):
         for row, kept in zip(rows, decide(policy, layer, rows), strict=True):
             count = len(row) - round(len(row) * (1 - share))
@@ -316,10 +316,10 @@ def test_a_number_of_tokens_is_a_mean_over_layers() -> None:
     views = [contexts.image(4, 10), contexts.image(2, 10), contexts.image(1, 8)]
     values = [torch.rand(n) for n in (40, 20, 8)]
     features = [torch.randn(n, 2) for n in (40, 20, 8)]
-    policy = Given(keep=10, a=100.0, values=values)
+    policy = Given(keep=10, preset="released", a=100.0, values=values)
     context = contexts.post_encoder(views, 10, {Projected(): features}, sample=(0, 0, 1))
     selection = policy.select(context)
-    settings = [policy.settings_of(share, PARTS) for share in (0.25, 0.5)]
+    settings = [policy.settings_of(share, contexts.LLAVA) for share in (0.25, 0.5)]
     assert settings[0].r1 == RELEASED[0.25].r1 and settings[1].r1 == RELEASED[0.5].r1
     counts = [n - round(n * (1 - s.r1)) for n, s in zip((40, 20), settings, strict=True)]
     assert selection.out_counts() == (*counts, 8)  # the third has fewer than ten tokens
@@ -348,33 +348,41 @@ def test_per_image_budgets_reach_the_inner_cuts() -> None:
 # ---- configurations
 
 
+ONEVISION = replace(contexts.LLAVA, family="llava_onevision", text_depth=28)  # LLaVA-OneVision-7B
+
+
 @pytest.mark.parametrize("keep", [0.5, 0.25, 0.1])
 def test_released_configurations(keep: float) -> None:
     released = RELEASED[keep]
-    assert VFlowOpt(keep=keep).settings_of(keep, (9, 9, 10)) == released
+    assert VFlowOpt(keep=keep).settings_of(keep, ONEVISION) == released
     # The released numbers agree with the budget equation to half a percent.
     assert mean_retention(released.r1, released.r2, released.r3, (9, 9, 10)) == pytest.approx(keep, abs=0.005)
-    elsewhere = VFlowOpt(keep=keep).settings_of(keep, PARTS)
+    for info in (contexts.LLAVA, replace(ONEVISION, text_depth=24), replace(ONEVISION, family="qwen")):
+        assert VFlowOpt(keep=keep).settings_of(keep, info).t == 1.0
+    assert VFlowOpt(keep=keep, preset="none").settings_of(keep, ONEVISION).t == 1.0
+    elsewhere = VFlowOpt(keep=keep, preset="released").settings_of(keep, contexts.LLAVA)
     assert replace(elsewhere, r3=None) == replace(released, r3=None)
     assert mean_retention(elsewhere.r1, elsewhere.r2, elsewhere.r3, PARTS) == pytest.approx(keep, abs=1e-9)
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.33, 0.05])
-@pytest.mark.parametrize("parts", [(9, 9, 10), (1, 2, 1)])
-def test_other_budgets_cut_by_equal_shares(keep: float, parts: tuple[int, int, int]) -> None:
-    found = VFlowOpt(keep=keep).settings_of(keep, parts)
+@pytest.mark.parametrize("depth", [28, 4])
+def test_other_budgets_cut_by_equal_shares(keep: float, depth: int) -> None:
+    info = replace(ONEVISION, text_depth=depth)
+    policy = VFlowOpt(keep=keep, preset="released")
+    found = policy.settings_of(keep, info)
     assert found.r1 == found.r2 == found.r3
-    assert mean_retention(found.r1, found.r2, found.r3, parts) == pytest.approx(keep, abs=1e-9)
+    assert mean_retention(found.r1, found.r2, found.r3, policy.parts(info)) == pytest.approx(keep, abs=1e-9)
     assert (found.t, found.a, found.alpha) == (1.0, None, 0.0)
 
 
 def test_given_values_replace_those_of_the_configuration() -> None:
-    found = VFlowOpt(keep=0.25, r1=0.3, t=2.0).settings_of(0.25, (9, 9, 10))
+    found = VFlowOpt(keep=0.25, r1=0.3, t=2.0).settings_of(0.25, ONEVISION)
     assert (found.r1, found.t, found.a) == (0.3, 2.0, RELEASED[0.25].a)
     assert mean_retention(found.r1, found.r2, found.r3, (9, 9, 10)) == pytest.approx(0.25, abs=1e-9)
-    assert VFlowOpt(keep=0.25, t=2.0).settings_of(0.25, (9, 9, 10)).r3 == RELEASED[0.25].r3
+    assert VFlowOpt(keep=0.25, t=2.0).settings_of(0.25, ONEVISION).r3 == RELEASED[0.25].r3
     # Above 1, R3 is 1 and the retention below the target.
-    clipped = VFlowOpt(keep=0.25, r1=0.26, r2=0.6).settings_of(0.25, (9, 9, 10))
+    clipped = VFlowOpt(keep=0.25, r1=0.26, r2=0.6).settings_of(0.25, ONEVISION)
     assert clipped.r3 == 1.0 and mean_retention(0.26, 0.6, 1.0, (9, 9, 10)) < 0.25
     assert solve_r3(0.25, 0.9, 1.0, (9, 9, 10)) == (1e-6, False)
 
@@ -400,6 +408,7 @@ def test_settings_that_do_not_fit_the_model(settings: dict[str, Any], message: s
         ({"r1": 0.0}, "r1=0.0 is out of range"),
         ({"r2": 1.5}, "r2=1.5 is out of range"),
         ({"t": -1.0}, "t=-1.0 is out of range"),
+        ({"preset": "best"}, "preset='best' is unknown"),
         ({"a": 0.0}, "a=0.0 is out of range"),
         ({"r1": 0.5}, "keep=1.0 keeps them all"),
         ({"keep": 5, "r3": 0.5}, "goes with one share"),
@@ -456,7 +465,7 @@ def test_every_point_inside_the_bounds_is_feasible(keep: float, depth: int) -> N
     bounds = policy.calibration(info, calls=1).search.bounds  # type: ignore[attr-defined]
     for r1 in bounds["r1"]:
         for r2 in bounds["r2"]:
-            assert replace(policy, r1=r1, r2=r2).settings_of(keep, policy.parts(info)).r3 > 0
+            assert replace(policy, r1=r1, r2=r2).settings_of(keep, info).r3 > 0
 
 
 def test_given_values_are_not_searched() -> None:
