@@ -258,11 +258,11 @@ def test_cuts_in_a_decoder(case: Case) -> None:
 
 @pytest.mark.golden("vflowopt", "budget")
 def test_budget_equation(case: Case) -> None:
-    target, parts = case.ratio("target"), (9, 9, 10)
+    target, parts, info = case.ratio("target"), (9, 9, 10), replace(contexts.LLAVA, text_depth=28)
     for (r1, r2), r3, violation in zip(
         case.inputs["r1_r2"].tolist(), case.outputs["r3"], case.outputs["violation"], strict=True
     ):
-        found: Any = VFlowOpt(keep=target, r1=r1, r2=r2).settings_of(target, parts)
+        found: Any = VFlowOpt(keep=target, r1=r1, r2=r2).settings_of(target, info)
         assert found.r3 == pytest.approx(float(r3), abs=1e-5)
         real = mean_retention(r1, r2, found.r3, parts)
         assert real == pytest.approx(retention(r1, r2, found.r3, 28, (9, 18)), abs=1e-12)
