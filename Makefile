@@ -17,7 +17,7 @@ endif
 
 # Older transformers: each of these files becomes a folder of .venv that goes first on PYTHONPATH.
 OLDER := $(patsubst .ci/transformers-%.txt,%,$(wildcard .ci/transformers-*.txt))
-VERSION_TESTS ?= tests/adapters tests/packaging/test_huggingface_kernels.py
+VERSION_TESTS ?= tests/adapters tests/embedded/test_random_models.py tests/packaging/test_huggingface_kernels.py
 PYTEST_ARGS ?=
 # Two workers; a file's tests stay together, so that its fixtures are made once.
 WORKERS ?= -n 2 --dist loadfile

@@ -58,7 +58,8 @@ def build_context(
             return _columns(value[rows], recorded.rows(rows), original, valid)
         if isinstance(signal, s.ModuleTransition):
             there = recorded.rows(rows)
-            return Transition(*(part[rows] for part in value), there.valid, places_of(original, there))
+            ratio, cosine = (part[rows] for part in value)
+            return Transition(ratio, cosine, there.valid, places_of(original, there))
         if isinstance(signal, s.ColumnMass):
             return _columns(value[rows, None], recorded.rows(rows), original, valid)[:, 0]
         return value[rows]

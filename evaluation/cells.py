@@ -10,6 +10,7 @@ from typing import Any
 from vlmprune.core import config
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
+from vlmprune.core.sites import Site
 from vlmprune.evaluation.schema import DENSE, RANDOM, TEXT_ONLY, Keep
 
 
@@ -77,15 +78,17 @@ def random_cell(keep: Keep, seed: int, info: ModelInfo) -> Cell:
     return policy_cell(config.build(RANDOM, {"keep": keep, "seed": seed}), info)
 
 
-def random_budget(cell: Cell, mean_kept_layers: float | None) -> Keep:
+def random_budget(cell: Cell, mean_kept_layers: float | None, mean_kept_tokens: float | None = None) -> Keep:
     """The budget at which `random` is compared with a cell.
 
-    A share or a number of tokens is the cell's own budget. A list or a FLOP share names no count, and a share
-    of 1.0 hides what a threshold drops, so there `random` keeps as many tokens as the cell kept on average
-    over the decoder layers.
+    A share or a number of tokens is the cell's own budget. Where that is not what the decoder works on, `random`
+    keeps as many tokens as the cell kept on average over the decoder layers: a policy that cuts inside the decoder
+    costs more than its last layers tell, a list or a FLOP share names no count, and a share of 1.0 hides what a
+    threshold drops.
 
     Args:
-        cell: a policy's cell. mean_kept_layers: what it kept, per image; None where unknown.
+        cell: a policy's cell. mean_kept_layers: what it kept, per image, on average over decoder layers; None where
+            unknown. mean_kept_tokens: what it kept in the last layer; None where unknown.
 
     Returns:
         A budget, or None where the cell has no counterpart (it is a reference, or its tokens are unknown).
@@ -94,7 +97,9 @@ def random_budget(cell: Cell, mean_kept_layers: float | None) -> Keep:
         return None
     budget = cell.policy.budget
     plain = budget.tokens is not None or (budget.share is not None and not budget.is_all)
-    if cell.name == RANDOM or (plain and not isinstance(cell.keep, list)):
+    known = mean_kept_layers is not None and mean_kept_tokens is not None
+    even = not known or abs(mean_kept_layers - mean_kept_tokens) < 0.5  # type: ignore[operator]
+    if cell.name == RANDOM or (plain and even and not isinstance(cell.keep, list)):
         return cell.keep
     return None if mean_kept_layers is None else max(1, round(mean_kept_layers))
 
@@ -105,10 +110,17 @@ def first_cells(
     """Dense, text-only where asked for, the policies, and `random` at each budget known beforehand."""
     cells = [dense_cell(), *([text_only_cell()] if text_only else [])]
     cells += [policy_cell(policy, info) for policy in policies]
-    for budget in [random_budget(cell, None) for cell in cells]:
+    for budget in [random_budget(cell, None) for cell in cells if not _cuts_inside(cell, info)]:
         if budget is not None:
             cells += [random_cell(budget, seed, info) for seed in random_seeds]
     return list({cell.key: cell for cell in cells}.values())
+
+
+def _cuts_inside(cell: Cell, info: ModelInfo) -> bool:
+    """True if a cell's policy may drop tokens inside the decoder, so that only a run tells what it keeps."""
+    leaves = () if cell.policy is None else cell.policy.leaves()
+    requests = [request for leaf in leaves if leaf.reduces(info) for request in leaf.requests(info)]
+    return any(request.site in (Site.DECODER_LAYER, Site.KV_CACHE) for request in requests)
 
 
 def _settings(plain: dict[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.core.registry import suggest
 from vlmprune.evaluation import measure, native
-from vlmprune.evaluation.cells import Cell, first_cells, policy_cell, random_budget, random_cell
+from vlmprune.evaluation.cells import Cell, first_cells, policy_cell, random_cell
 from vlmprune.evaluation.progress import Progress
 from vlmprune.evaluation.schema import DENSE, TEXT_ONLY, FailedCell, ResultsFile, write_results, write_samples
 from vlmprune.evaluation.stamp import make_stamp
-from vlmprune.evaluation.summary import CellRun, TaskRun, make_samples, mean_per_image, task_rows
+from vlmprune.evaluation.summary import CellRun, TaskRun, make_samples, task_rows
 from vlmprune.evaluation.tasks.definition import DEFAULT_PROMPT, INSTRUCT_PROMPT, load_tasks
 
 if TYPE_CHECKING:
@@ -169,8 +169,7 @@ def _run_task(state: _State, run: TaskRun, cells: Sequence[Cell]) -> None:
         if cell.name == DENSE and not run.runs:
             return  # without the dense answers nothing can be compared
     for cell_run in list(run.runs.values()):
-        own = cell_run.samples
-        budget = random_budget(cell_run.cell, mean_per_image([s.kept_layers for s in own], own))
+        budget = cell_run.random_budget
         for extra in [] if budget is None else [random_cell(budget, seed, state.info) for seed in state.random_seeds]:
             if extra.key not in run.runs and not any(extra.key == cell.key for cell in cells):
                 state.progress.extend(len(run.docs))

@@ -9,7 +9,7 @@ from typing import Any
 from vlmprune.evaluation.cells import Cell, random_budget
 from vlmprune.evaluation.measure import Prefill
 from vlmprune.evaluation.native import Answer
-from vlmprune.evaluation.schema import ALL_FAMILIES, DENSE, RANDOM, TEXT_ONLY, ResultRow, SampleRow, Stamp
+from vlmprune.evaluation.schema import ALL_FAMILIES, DENSE, RANDOM, TEXT_ONLY, Keep, ResultRow, SampleRow, Stamp
 from vlmprune.evaluation.statistics import paired_bootstrap, wilson
 from vlmprune.evaluation.tasks.definition import Task
 
@@ -24,6 +24,13 @@ class CellRun:
     cell: Cell
     samples: list[SampleRow]
     prefill: Prefill = NOT_MEASURED
+
+    @property
+    def random_budget(self) -> Keep:
+        """The budget of `random` with which this cell is compared."""
+        layers = mean_per_image([sample.kept_layers for sample in self.samples], self.samples)
+        tokens = mean_per_image([sample.kept_tokens for sample in self.samples], self.samples)
+        return random_budget(self.cell, layers, tokens)
 
 
 @dataclass
@@ -44,8 +51,7 @@ class TaskRun:
         """The finished random runs at the budget with which a cell is compared."""
         if cell.is_reference or cell.name == RANDOM:
             return []
-        own = self.runs[cell.key].samples
-        budget = random_budget(cell, mean_per_image([s.kept_layers for s in own], own))
+        budget = self.runs[cell.key].random_budget
         return [r for r in self.runs.values() if r.cell.name == RANDOM and not r.cell.params and r.cell.keep == budget]
 
 

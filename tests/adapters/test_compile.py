@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from llava_prompts import make_prompt, prefill, small_llava
+from transformers import LlamaConfig, LlamaModel
 
 import vlmprune
+from vlmprune.policies.transprune import TransPrune
 
 
 @pytest.mark.slow
@@ -27,5 +29,25 @@ def test_a_compiled_model_is_pruned() -> None:
         handle.remove()
         assert torch.allclose(prefill(compiled, prompt).logits, dense, atol=1e-5)
         assert torch.equal(prefill(model, prompt).logits, dense)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@torch.no_grad()
+def test_a_compiled_decoder_is_probed() -> None:
+    """The probe ends the run of a layer half-way."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaModel(LlamaConfig(vocab_size=8, num_hidden_layers=2, **sizes)).eval()
+    given = {"inputs_embeds": torch.randn(1, 20, 16), "use_cache": False}
+    policy, spans = TransPrune(keep=0.25, layers=(1,)), [[(2, 16)]]
+    with vlmprune.applied(model, policy, spans=spans):
+        expected = model(**given).last_hidden_state
+    compiled = torch.compile(model, backend="eager")
+    try:
+        with vlmprune.applied(compiled, policy, spans=spans) as handle:
+            assert torch.allclose(compiled(**given).last_hidden_state, expected, atol=1e-5)
+            assert handle.last.kept_tokens == (4,)
     finally:
         torch._dynamo.reset()

@@ -54,6 +54,9 @@ def test_compositions() -> None:
 def test_budgets_for_random() -> None:
     assert random_budget(policy_cell(config.resolve("uniform", keep=0.3), INFO), 5.0) == 0.3
     assert random_budget(policy_cell(config.resolve("uniform", keep=7), INFO), 5.0) == 7
+    # Cut inside the decoder: 7 are left at the end, 60.2 on average. Recycled tokens alone are no such case.
+    inside = policy_cell(config.resolve("fastv", keep=7), INFO)
+    assert random_budget(inside, 60.2, 7.0) == 60 and random_budget(inside, 7.2, 7.0) == 7
     # Everything enters, but a threshold may still drop tokens in the decoder.
     assert random_budget(policy_cell(config.resolve("todre", keep=1.0, tau=0.1), INFO), 120.4) == 120
     assert random_budget(random_cell(1.0, 0, INFO), 9.0) == 1.0

@@ -59,6 +59,7 @@ KINDS: Mapping[str, KindRule] = MappingProxyType(
         "kernels": KindRule(prefixes=("kcenter", "dpp", "colmass")),
         "todre": KindRule(prefixes=("select", "ratio", "e2e")),
         "vflowopt": KindRule(prefixes=("imp", "rec", "align", "llm", "budget")),
+        "transprune": KindRule(prefixes=("ttv",), default="reference"),
     }
 )
 

@@ -35,6 +35,11 @@ MATRIX: dict[str, tuple[dict[str, Any], ...]] = {
         {"keep": 0.5, "tau": 2.0, "check_layers": 0.5, "variant": "k_center", "pivot": "center"},
         {"keep": 1.0, "tau": 2.0, "check_layers": (0, 2)},
     ),
+    "transprune": (
+        {"keep": 0.25},
+        {"keep": 4, "alpha": 0.3, "direction": "abs", "positions": "keep"},
+        {"keep": (0.7, 0.3), "layers": (1, 3), "accumulate": (0, 2), "use_iga": False},
+    ),
     "uniform": ({"keep": 0.3}, {"keep": 4}),
     "vflowopt": (
         {"keep": 0.3},

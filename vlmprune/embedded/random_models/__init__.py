@@ -56,7 +56,8 @@ def random_vlm(
         sizes: further fields of `Sizes` (`hidden` 32, `heads` 4, `vision_depth` 4, `text_layers` 4).
 
     Returns:
-        A stock `...ForConditionalGeneration` of transformers. Ids stand in `tokens`.
+        A stock `...ForConditionalGeneration` of transformers. Ids stand in `tokens`; `generate` never picks those
+        that stand for images.
 
     Raises:
         InputError: unknown family.
@@ -67,10 +68,13 @@ def random_vlm(
         sizes["kv_heads"] = kv_heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FAMILIES[family](Sizes(dtype=dtype, **sizes))
+        model: Any = FAMILIES[family](Sizes(dtype=dtype, **sizes))
         randomise(model, init_std)
     model.set_attn_implementation(attn_implementation)
     generation = model.generation_config
     generation.pad_token_id, generation.bos_token_id = tokens.PAD_ID, tokens.BOS_ID
     generation.eos_token_id = tokens.EOS_ID
-    return model.to(dtype).eval()
+    # A generated placeholder would ask for an image when the sequence is run again.
+    generation.suppress_tokens = [tokens.START_ID, tokens.END_ID, tokens.IMAGE_TOKEN_ID, tokens.VIDEO_TOKEN_ID]
+    built: nn.Module = model.to(dtype).eval()
+    return built
