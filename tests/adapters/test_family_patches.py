@@ -110,8 +110,15 @@ def influences(model: nn.Module, prompt: FamilyPrompt, reference: EagerReference
         leaves.append(states.detach().requires_grad_())
         return (leaves[-1], *output[1:]) if isinstance(output, tuple) else leaves[-1]
 
+    def cut_off_before(module: nn.Module, args: Any) -> Any:
+        return (cut_off(module, (), args[0]), *args[1:])
+
+    if prompt.family == "llava_onevision":  # transformers 4 reads its features below the hooks of the block
+        first = projector_of(model).register_forward_pre_hook(cut_off_before)
+    else:
+        first = blocks_of(model)[block].register_forward_hook(cut_off, prepend=True)
     hooks = [
-        blocks_of(model)[block].register_forward_hook(cut_off, prepend=True),
+        first,
         decoder_layers(model)[0].register_forward_pre_hook(
             lambda m, a, k: embeds.append(a[0] if a else k["hidden_states"]), with_kwargs=True
         ),

@@ -84,6 +84,8 @@ def watched_attention(modules: list[nn.Module], note: Callable[[nn.Module, Atten
     before = {file: file.eager_attention_forward for file in files}
 
     def spy(original: Any, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if "output_attentions" in kwargs:  # else CLIP of transformers 4 gives no weights
+            kwargs["output_attentions"] = True
         output, weights = original(module, query, key, *args, **kwargs)
         note(module, Attended(query, key, weights, kwargs.get("scaling") or query.shape[-1] ** -0.5))
         return output, weights
