@@ -11,9 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmprune.adapters.detect import model_info
 from vlmprune.core import config
-from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.core.registry import registry
 from vlmprune.embedded import load_embedded
@@ -32,11 +30,10 @@ def results_path(folder: Path, model: str, task: str, keep: float) -> Path:
     return folder / f"{model}-{task}-keep{keep}.json"
 
 
-def policies_at(keep: float, model: str, info: ModelInfo, folder: Path) -> list[Policy]:
+def policies_at(keep: float, model: str, folder: Path) -> list[Policy]:
     """Every policy with its defaults at a budget; ``random`` runs beside anyway.
 
-    Policies that only blur images on a model of fixed resolution are left out; one with a calibration of this model
-    for this budget in ``folder`` uses it.
+    A policy with a calibration of this model for this budget in ``folder`` uses it.
     """
     chosen = []
     for name in registry.available():
@@ -44,9 +41,8 @@ def policies_at(keep: float, model: str, info: ModelInfo, folder: Path) -> list[
         artefact = folder / CALIBRATIONS / f"{model}-{name}-{keep}.json"
         if artefact.is_file():
             parameters["artefact"] = artefact.as_posix()
-        policy = config.build(name, parameters)
-        if name != RANDOM and not (policy.needs_processor() and info.tokens_per_image is not None):
-            chosen.append(policy)
+        if name != RANDOM:
+            chosen.append(config.build(name, parameters))
     return chosen
 
 
@@ -76,7 +72,6 @@ def compare(
         CellsFailed: a policy raised; nothing is written for that budget.
     """
     vlm, processor = load_embedded(model)
-    info = model_info(vlm)
     paths = []
     for task in tasks:
         for keep in budgets:
@@ -87,7 +82,7 @@ def compare(
                 vlm,
                 processor,
                 model_name=model,
-                policies=policies_at(keep, model, info, folder),
+                policies=policies_at(keep, model, folder),
                 tasks=[task],
                 limit=questions,
                 seed=seed,
