@@ -55,6 +55,7 @@ class Engine:
         self._active = any(step.request.site != Site.IMAGE for step in self.steps)
         self._layout: PromptLayout | None = None
         self._in_base = False
+        self._warned = False
         self._busy: dict[str, int] = {}
 
     @property
@@ -129,6 +130,8 @@ class Engine:
             self.family.check_call(kwargs)
             brought = self.encoder.brought(kwargs)
             self._layout = guards.read_layout(self.family, kwargs, self._active, brought)
+            if self._active and self._layout is None:
+                self._warned = guards.warn_if_unseen(kwargs, self._warned)
         except BaseException as error:
             self._leave(error)
             raise

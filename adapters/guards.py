@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from vlmprune.adapters import cache as caches
@@ -47,6 +48,24 @@ def read_layout(
             "Start again with a fresh cache and the whole conversation, without prefill_chunk_size."
         )
     return None
+
+
+def warn_if_unseen(kwargs: dict[str, Any], warned: bool) -> bool:
+    """Say once that a prompt given as embeddings shows no placeholder, so that images in it are not found.
+
+    Returns:
+        True if the warning was given, now or before.
+    """
+    cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+    filled = cache is not None and cache.get_seq_length() > 0
+    if warned or filled or embeds is None or kwargs.get("input_ids") is not None:
+        return warned
+    warnings.warn(
+        "inputs_embeds hold no image placeholder, so this prompt runs unpruned. If image features are merged into "
+        "them already, give input_ids with pixel_values instead, or prune the text model with spans=.",
+        stacklevel=2,
+    )
+    return True
 
 
 def _whole_images(family: Family, kwargs: dict[str, Any], encoded: Encoded | None) -> PromptLayout | None:

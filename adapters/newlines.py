@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.adapters.layout import PromptImage, row_ids
+from vlmprune.core.extra_tokens import with_tokens
 from vlmprune.core.selection import Selection
 from vlmprune.core.views import View
 
@@ -40,7 +41,7 @@ class NewlineTokens:
         alive = self.row.new_zeros(self.row.shape[0], int(self.row.max()) + 2, dtype=torch.bool)
         alive.scatter_(1, rows + 1, True)  # column 0 takes tokens outside all rows
         alive[:, 0] = False
-        return selection.with_tokens(self.mask & alive.gather(1, self.row + 1))
+        return with_tokens(selection, self.mask & alive.gather(1, self.row + 1))
 
     def after(self, selection: Selection) -> NewlineTokens:
         """The newlines among what a selection left."""

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from vlmprune.adapters.family import Encoded, find_module, text_info
 from vlmprune.adapters.layout import ImageShape, Kind
+from vlmprune.adapters.packed_tower import PackedTower
 from vlmprune.adapters.text import TEXT_SIGNALS
-from vlmprune.adapters.towers import PackedTower, TowerRun
+from vlmprune.adapters.towers import TowerRun
 from vlmprune.adapters.vision_family import TOWER_SIGNALS, VisionFamily
 from vlmprune.core.context import View
 from vlmprune.core.errors import InputError, UnsupportedError

@@ -23,15 +23,15 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 from vlmprune.cli.catalogue import policy_facts  # noqa: E402
 from vlmprune.core.registry import registry  # noqa: E402
-from vlmprune.embedded import model_path  # noqa: E402
-from vlmprune.evaluation.schema import read_results  # noqa: E402
-from vlmprune.evaluation.tables import render_table  # noqa: E402
+from vlmprune.embedded import embedded_models, model_path  # noqa: E402
+from vlmprune.evaluation.compare import RESULTS, read_all  # noqa: E402
+from vlmprune.evaluation.schema import RESULTS_NAME, ResultRow, read_results  # noqa: E402
+from vlmprune.evaluation.tables import render_grid, render_table  # noqa: E402
 
 MODEL = "tiny-llava"
 PICTURE = ROOT / "docs" / "overlay.png"
 PICTURE_POLICIES = (("hiprune", 0.11), ("todre", 0.11), ("random", 0.11))
 PICTURE_SEED = 11
-README_TASK = "scenes"
 
 
 def policies_table() -> str:
@@ -49,24 +49,44 @@ def policies_table() -> str:
 
 
 def results_table() -> str:
-    """The scene rows that were measured for the model card, with where they were measured."""
-    return _measured(lambda task: task == README_TASK)
+    """Policies x budgets of every embedded model that was compared, with where that was measured."""
+    parts = []
+    for model, rows in compared().items():
+        for task in dict.fromkeys(row.task for row in rows):
+            some = [row for row in rows if row.task == task]
+            questions = max(row.n for row in some)
+            parts.append(f"**{model}, {task}** ({questions} questions)\n\n{render_grid(some)}\n\n{_where(some)}")
+    return "\n\n".join(parts)
 
 
-def all_results() -> str:
-    """Every measured row of the embedded model."""
-    return _measured(lambda task: True)
+def comparison() -> str:
+    """Every row of the comparisons."""
+    return "\n\n".join(f"{render_table(rows)}\n\n{_where(rows)}" for rows in compared().values())
 
 
-def _measured(wanted: Callable[[str], bool]) -> str:
-    results = read_results(model_path(MODEL))
-    rows = [row for row in results.rows if wanted(row.task)]
+def card_results() -> str:
+    """Every row that was measured for the model cards."""
+    parts = []
+    for model in embedded_models():
+        if not (model_path(model) / RESULTS_NAME).is_file():
+            continue
+        rows = list(read_results(model_path(model)).rows)
+        parts.append(f"{render_table(rows)}\n\n{_where(rows)}")
+    return "\n\n".join(parts)
+
+
+def compared() -> dict[str, list[ResultRow]]:
+    """Embedded model -> rows of its comparison, where it was compared."""
+    found = {name: read_all(ROOT / RESULTS, name) for name in embedded_models()}
+    return {name: [row for file in files for row in file.rows] for name, files in found.items() if files}
+
+
+def _where(rows: list[ResultRow]) -> str:
     stamp = rows[0].stamp
-    where = (
+    return (
         f"Measured {stamp.started[:10]} on {stamp.device}, {stamp.dtype}, {stamp.attention} attention, "
         f"torch {stamp.versions['torch']}, transformers {stamp.versions['transformers']}."
     )
-    return f"{render_table(rows)}\n\n{where}"
 
 
 def support_policies() -> str:
@@ -91,7 +111,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "support-families": support_families,
     "policies": policies_table,
     "results": results_table,
-    "all-results": all_results,
+    "comparison": comparison,
+    "card-results": card_results,
 }
 FILES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "support.md")
 

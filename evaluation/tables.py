@@ -8,6 +8,8 @@ from vlmprune.evaluation.schema import ALL_FAMILIES, DENSE, Keep, ResultRow
 from vlmprune.evaluation.summary import HEADLINE
 
 MISSING = "–"
+CALIBRATED = "calibrated"
+"""Shown for a policy that used an artefact."""
 
 
 def render_table(rows: Sequence[ResultRow], families: Sequence[str] | None = None, title_tasks: bool = True) -> str:
@@ -29,6 +31,46 @@ def render_table(rows: Sequence[ResultRow], families: Sequence[str] | None = Non
             parts.append(_title(model, task, chosen))
         parts.append(_table(chosen, families))
     return "\n\n".join(parts)
+
+
+def render_grid(rows: Sequence[ResultRow]) -> str:
+    """One table of policies x budgets, as Markdown: percent right, and in brackets the visual tokens per image on
+    average over the decoder layers, which is what a policy that cuts inside the decoder costs.
+
+    Args:
+        rows: of one model and task. Shares are columns, falling; ``random`` is the mean over its seeds with lowest and
+            highest. The headline families count where there is a headline, else all questions.
+    """
+    family = default_families(rows)[0]
+    chosen = [row for row in rows if row.family == family]
+    shares = sorted({row.keep for row in chosen if isinstance(row.keep, float)}, reverse=True)
+    names = sorted({_name_in_grid(row) for row in chosen if isinstance(row.keep, float)} - {DENSE})
+    lines = [["policy", *map(keep_text, shares)], ["---", *["---:"] * len(shares)]]
+    for name in (DENSE, *names):
+        cells = [[row for row in chosen if (_name_in_grid(row), row.keep) == (name, share)] for share in shares]
+        lines.append([name.replace("_", "-"), *map(_grid_cell, cells)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _name_in_grid(row: ResultRow) -> str:
+    settings = _settings(row)
+    return row.policy + (f" ({', '.join(settings)})" if settings else "")
+
+
+def _settings(row: ResultRow) -> list[str]:
+    return [CALIBRATED if name == "artefact" else f"{name}={value}" for name, value in row.params.items()]
+
+
+def _grid_cell(rows: Sequence[ResultRow]) -> str:
+    if not rows:
+        return MISSING
+    if rows[0].policy == DENSE:  # measured once per budget, on the same questions
+        rows = rows[:1]
+    accuracies = [row.accuracy for row in rows]
+    text = percent(sum(accuracies) / len(rows))
+    if len(rows) > 1:
+        text += f", {percent(min(accuracies))} to {percent(max(accuracies))}"
+    return f"{text} ({_number(rows[0].mean_kept_layers)})"
 
 
 def default_families(rows: Sequence[ResultRow]) -> list[str]:
@@ -112,7 +154,7 @@ def _line(group: dict[str, ResultRow], families: Sequence[str]) -> list[str]:
 
 
 def _name(row: ResultRow) -> str:
-    settings = [f"{name}={value}" for name, value in row.params.items()]
+    settings = _settings(row)
     if row.seed is not None:
         settings.append(f"seed {row.seed}")
     return row.policy.replace("_", "-") + (f" ({', '.join(settings)})" if settings else "")

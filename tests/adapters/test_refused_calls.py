@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -159,3 +160,20 @@ def test_gradient_checkpointing_in_training() -> None:
             model(**prompt.inputs)
         model.gradient_checkpointing_disable()
         model(**prompt.inputs)
+
+
+def test_embeddings_without_placeholders_warn_once() -> None:
+    """Merged image features cannot be told from text; such a prompt is not pruned, and says so."""
+    model, prompt = small_llava(), make_prompt()
+    embeds = torch.randn(1, prompt.length, model.config.text_config.hidden_size)
+    with torch.no_grad():
+        dense = model(inputs_embeds=embeds).logits
+        with vlmprune.applied(model, fixed_keep()):
+            with pytest.warns(UserWarning, match="no image placeholder.*unpruned.*spans="):
+                assert torch.equal(model(inputs_embeds=embeds).logits, dense)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                model(inputs_embeds=embeds)
+        with vlmprune.applied(model, fixed_keep()), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(input_ids=torch.tensor([[1, 9, 10]]))  # text without images is no surprise

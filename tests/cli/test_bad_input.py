@@ -52,7 +52,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--policy", "hiprun"], "Unknown policy 'hiprun'. Did you mean 'hiprune'"),
+        (["--policy", "hiprun"], "Unknown policy 'hiprun'. Did you mean 'hiprune'?"),
         (["--policy", "hiprune+rando", "--keep", "0.5,0.5"], "Did you mean 'random'?"),
         (["--policy", "hiprune+random", "--keep", "0.5"], "one keep per policy"),
         (["--policy", "missing.yaml"], "'missing.yaml' does not exist"),
@@ -151,7 +151,7 @@ def test_prompts(
         (["list", "zork*"], "No policy matches 'zork*'"),
         (["check", "rando"], "Did you mean 'random'?"),
         (["check", "random", "--keep", "1.0"], "keeps every token"),
-        (["eval", "--policy", "hiprun"], "Did you mean 'hiprune'"),
+        (["eval", "--policy", "hiprun"], "Did you mean 'hiprune'?"),
         (["eval", "--policy", ","], "No policy was given"),
         (["eval", "--policy", "hiprune,todre", "--param", "alpha=0.1"], "single policy"),
         (["eval", "--tasks", "scene"], "Did you mean 'scenes'?"),

@@ -19,6 +19,7 @@ SAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ClsLogits": ({"layer": 3}, {"layer": 4}),
     "Keys": ({"stack": "vision", "layer": 3}, {"stack": "text", "layer": 3}),
     "QK": ({"stack": "vision", "layer": 3}, {"stack": "text", "layer": 3}),
+    "Attention": ({"layer": 3}, {"layer": 4}),
     "Hidden": ({"stack": "text", "layer": 3}, {"stack": "text", "layer": 3, "when": "in"}),
     "PreProjector": ({}, {"optional": True}),
     "Projected": ({}, {"optional": True}),

@@ -72,6 +72,30 @@ def test_the_command_rebuilds_the_card_from_stored_results(tmp_path: Path, monke
     assert (tmp_path / "MODEL_CARD.md").read_text() == render_card(tmp_path, results())
 
 
+def test_accuracy_by_resolution_comes_from_the_counts_of_the_check(tmp_path: Path) -> None:
+    check = {
+        "seed": 2,
+        "scenes": {
+            "160 x 160": {
+                "relation": {"n": 40, "right": 22, "right_text_only": 20},
+                "all": {"n": 80, "right": 60, "right_text_only": 24},
+            }
+        },
+        "easy_vqa_test": {"all": {"n": 50, "right": 50, "right_text_only": 30}},
+    }
+    (tmp_path / "check.json").write_text(json.dumps(check))
+    text = render_card(tmp_path, None)
+    assert "**scenes, 160 x 160 pixels**" in text and "Question seed 2." in text
+    assert "| all | 80 | 75.0 (64.5 to 83.2) | 30.0 |" in text  # Wilson, by hand
+    assert text.index("| all | 80 |") < text.index("| relation | 40 |")
+    assert "intervals touch): relation (160 x 160)." in text and "## Policies" not in text
+    assert "## Policies" in render_card(tmp_path, results())
+    (tmp_path / "check.json").write_text(json.dumps({"scenes": {"dense": {"all": 0.9}}}))
+    assert "by resolution" not in render_card(tmp_path, results())
+    with pytest.raises(InputError, match="neither results nor"):
+        render_card(tmp_path, None)
+
+
 def test_the_measurement(tmp_path: Path) -> None:
     """A small run has everything that the card needs: policies, the text-only score, the whole test split."""
     from vlmprune.evaluation.model_card import measure_card

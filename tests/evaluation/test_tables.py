@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from result_rows import a_row, a_stamp
 
-from vlmprune.evaluation.tables import keep_text, render_table
+from vlmprune.evaluation.tables import keep_text, render_grid, render_table
 
 DENSE = {
     "policy": "dense",
@@ -55,6 +55,21 @@ def test_runs_and_tasks_stay_apart() -> None:
     rows = [a_row(), a_row(stamp=a_stamp(started="2001-01-01T00:00:00+00:00")), a_row(task="easy_vqa")]
     first, second = render_table(rows).split("**toy, easy_vqa**")
     assert first.count("| hiprune |") == 2 and second.count("| hiprune |") == 1
+
+
+def test_a_grid_by_hand() -> None:
+    rows = [a_row(**DENSE), a_row(**DENSE), a_row(), a_row(keep=0.11, mean_kept_layers=21.5)]
+    rows += [a_row(policy="vflowopt", params={"artefact": "x.json"}, mean_kept_layers=44.0)]
+    rows += [a_row(policy="random", seed=seed, accuracy=0.5 + seed / 10) for seed in range(3)]
+    rows += [a_row(policy="random", seed=0, keep=80), a_row(family="digit", keep=0.5)]
+    lines = [cells(line) for line in render_grid(rows).splitlines()]
+    assert lines[0] == ["policy", "100 %", "22 %", "11 %"]
+    assert lines[2:] == [
+        ["dense", "90.0 (196)", "–", "–"],
+        ["hiprune", "–", "75.0 (43)", "75.0 (21.5)"],
+        ["random", "–", "60.0, 50.0 to 70.0 (43)", "–"],
+        ["vflowopt (calibrated)", "–", "75.0 (44)", "–"],
+    ]
 
 
 def test_budgets() -> None:

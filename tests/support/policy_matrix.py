@@ -43,7 +43,7 @@ MATRIX: dict[str, tuple[dict[str, Any], ...]] = {
     "uniform": ({"keep": 0.3}, {"keep": 4}),
     "vflowopt": (
         {"keep": 0.3},
-        {"keep": 4, "t": 0.0, "a": 2.0},
+        {"keep": 4, "preset": "released", "t": 0.0, "a": 2.0},
         {"keep": 0.4, "r1": 0.6, "r2": 0.7, "a": 1.5},
     ),
 }

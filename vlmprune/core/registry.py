@@ -20,6 +20,9 @@ P = TypeVar("P", bound=Policy)
 BUILTIN_PACKAGE = "vlmprune.policies"
 ENTRY_POINT_GROUP = "vlmprune.policies"
 
+MUCH_LESS_ALIKE = 0.15
+"""Names that resemble a misspelt one by so much less than the nearest are not suggested beside it."""
+
 logger = logging.getLogger("vlmprune")
 
 
@@ -135,6 +138,8 @@ def _path(cls: type) -> str:
 def suggest(name: str, known: list[str]) -> str:
     """`` Did you mean ...?`` with the nearest known names, or a list of all."""
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    likeness = [difflib.SequenceMatcher(None, name.lower(), found).ratio() for found in near]
+    near = [found for found, ratio in zip(near, likeness, strict=True) if ratio > likeness[0] - MUCH_LESS_ALIKE]
     if near:
         return f" Did you mean {' or '.join(repr(n) for n in near)}?"
     return f" Known: {', '.join(sorted(known))}."

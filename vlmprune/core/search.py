@@ -43,9 +43,7 @@ class BayesianSearch:
         if calls < 1:
             raise InputError(f"calls={calls} is out of range; give at least 1.")
         if importlib.util.find_spec("optuna") is None:
-            raise UnsupportedError(
-                "Calibration searches with optuna, which is not installed: pip install vlmprune[tune]"
-            )
+            raise UnsupportedError("The search needs optuna, which is not installed: pip install 'vlmprune[tune]'.")
         self.bounds = dict(bounds)
         self.calls = calls
         self.seed = seed
@@ -86,7 +84,7 @@ class BayesianSearch:
             study = optuna.create_study(direction="maximize", sampler=sampler)
             for point, value in self.history:
                 study.add_trial(optuna.trial.create_trial(params=point, distributions=space, value=value))
-            return study.ask(fixed_distributions=space).params  # type: ignore[arg-type]
+            return study.ask(fixed_distributions=space).params
 
 
 @contextmanager

@@ -99,31 +99,6 @@ class Selection:
         """Merge tokens with equal ``group_id [I, N]`` (-1 drops); outputs stand in the order of the ids."""
         return cls(group_id.shape[1], None, counts, group_id, n_out, mode, weights)
 
-    def with_tokens(self, extra: Tensor) -> Selection:
-        """The same selection with the tokens ``extra [I, N]`` (bool) kept as they are besides; a device sync.
-
-        A merge must have left them out; they stand where they stood among the groups' first members.
-        """
-        if self.group_id is not None:
-            first = torch.arange(self.n_in, device=extra.device).expand_as(self.group_id)
-            anchors = self.anchors()
-            members = torch.where(self.group_id < 0, -1, anchors.gather(1, self.group_id.clamp_min(0)))
-            anchor = torch.where(extra, first, members)  # [I, N] first member of each token's group
-            opens = anchor == first
-            rank = opens.long().cumsum(1) - 1
-            group = torch.where(anchor < 0, -1, rank.gather(1, anchor.clamp_min(0)))
-            counts = tuple(opens.sum(1).tolist())
-            return replace(self, group_id=group, n_out=max(counts, default=0), counts=counts)
-        assert self.kept is not None
-        mask = extra.new_zeros(extra.shape[0], self.n_in + 1)
-        mask.scatter_(1, torch.where(self.kept < 0, self.n_in, self.kept), True)
-        wider = Selection.from_mask(mask[:, :-1] | extra)
-        counts = wider.counts
-        if self.synthetic is not None:
-            added = (self.synthetic.place >= 0).sum(1).tolist()
-            counts = tuple(n + new for n, new in zip(wider.out_counts(), added, strict=True))
-        return replace(self, kept=wider.kept, counts=counts)
-
     @property
     def n_outputs(self) -> int:
         """Padded number of outputs ``M``."""

@@ -1,13 +1,12 @@
 """Signals: what a policy may ask an adapter to deliver, nothing more and without eager attention.
 
-Layers are 0-based. ``stack`` is ``"vision"`` or ``"text"``. Shapes use ``I`` items and ``N`` visual tokens
-per item; see :class:`vlmprune.core.context.Context` for what an item is at each site. Attention is after the
-softmax, the mean over heads, float32.
+Layers are 0-based. ``stack`` is ``"vision"`` or ``"text"``. Shapes use ``I`` items and ``N`` visual tokens per item;
+see :class:`vlmprune.core.context.Context` for what an item is at each site. Attention is after the softmax, the mean
+over heads, float32.
 
-Signals of the tower come per LLM token: values of patches follow unpadding, interpolation and pooling to the tokens
-that they make; a token made of several patches has their mean, a newline token 0. Where that loses what a policy
-needs, ``QK``, ``Attention`` and ``Pixels`` come per patch, over the ``V`` encoder views of all items
-(``context.encoder_items``) with ``P`` patches each; ``context.to_tokens`` takes such values to the tokens.
+Values of patches follow unpadding, interpolation and pooling to the LLM's tokens: a token made of several patches has
+their mean, a newline token 0. Only ``QK``, ``Attention`` and ``Pixels`` come per patch, over the ``V`` encoder views
+of all items with ``P`` patches each (``context.encoder_items``); ``context.to_tokens`` takes such values to tokens.
 """
 
 from __future__ import annotations
@@ -155,10 +154,8 @@ class AttentionRows(Signal):
 @dataclass(frozen=True)
 class ProbeAttention(Signal):
     """Rows of the attention over the visual tokens, ``[I, R, N]``, in the *coming* layer: the one before which the
-    tokens are cut, by its own norm, projections, rotary tables and mask, on the tokens as they are before the cut.
-
-    ``rows`` as in :class:`AttentionRows`.
-    """
+    tokens are cut, by its own norm, projections, rotary tables and mask, on the tokens as they are before the cut;
+    ``rows`` as in :class:`AttentionRows`."""
 
     per_token: ClassVar[bool] = False
     layer: int
@@ -169,8 +166,7 @@ class ProbeAttention(Signal):
 class GroupMass(Signal):
     """Attention mass between groups, ``[I, 2, 3]``: rows text, visual; columns system, text, visual.
 
-    System: before the first visual token. Text: every other token that is not visual. Padding belongs to no
-    group.
+    System: before the first visual token. Text: every other token that is not visual. Padding: in no group.
     """
 
     per_token: ClassVar[bool] = False
@@ -179,8 +175,7 @@ class GroupMass(Signal):
 
 @dataclass(frozen=True)
 class ModuleTransition(Signal):
-    """Norm ratio and cosine between a module's input and output, a
-    :class:`~vlmprune.core.transition.Transition`.
+    """Norm ratio and cosine between a module's input and output, a :class:`~vlmprune.core.transition.Transition`.
 
     The input is what the module is given, behind its norm; the output is what is added to the residual stream
     (behind a second norm, where the layer has one).

@@ -31,12 +31,14 @@ def first_cut(
     """
     pooled, ids, n_cells = [], [], 0
     for item, (n, chosen) in enumerate(zip(context.lengths, settings, strict=True)):
-        count = 0 if chosen is None else min(round(n * (1 - chosen.r1)), n - 1)
+        count = 0 if chosen is None else round(n * (1 - chosen.r1))
         cells = torch.full((context.width,), -1)
         if chosen is not None and recycles(context, item):
             side = cell_side(context, item, chosen.a)
             cells[:n], found = cell_ids(context, item, side)
             n_cells, count = max(n_cells, found), min(n, count + int(n / side**2))
+        else:
+            count = min(count, n - 1)
         pooled.append(count)
         ids.append(cells)
     counts = tuple(n - count for n, count in zip(context.lengths, pooled, strict=True))

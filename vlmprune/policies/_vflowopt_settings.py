@@ -44,6 +44,7 @@ class Settings:
     alpha: float
 
 
+RELEASED_FAMILY = "llava_onevision"
 RELEASED_PARTS: Parts = (9, 9, 10)
 # The configurations that the official repository gives for LLaVA-OneVision-7B, by mean retention.
 RELEASED: Mapping[float, Settings] = MappingProxyType(
@@ -114,19 +115,22 @@ def uncalibrated(target: float, parts: Parts) -> Settings:
     return Settings(share, share, share, 1.0, None, 0.0)
 
 
-def configuration(share: float, parts: Parts, given: Mapping[str, float | None], found: Artefact | None) -> Settings:
+def configuration(
+    share: float, parts: Parts, given: Mapping[str, float | None], found: Artefact | None, released: bool
+) -> Settings:
     """The settings for a mean retention.
 
     Args:
         share: the mean retention, below 1.
         parts: layers before, between and behind the inner cuts.
         given: values that replace those of the configuration, None for those that do not.
-        found: an artefact, or None for the released configurations and the uncalibrated rule.
+        found: an artefact, or None for a released configuration or the uncalibrated rule.
+        released: take the released configuration where there is one for this retention.
 
     Raises:
         InputError: the shares cannot reach the retention, or the artefact is for another one.
     """
-    base = _base(share, parts, found)
+    base = _base(share, parts, found, released)
     mine = replace(base, **{name: value for name, value in given.items() if value is not None})
     if given.get("r3") is not None:
         real = mean_retention(mine.r1, mine.r2, mine.r3, parts)
@@ -147,7 +151,7 @@ def configuration(share: float, parts: Parts, given: Mapping[str, float | None],
     return replace(mine, r3=r3)
 
 
-def _base(share: float, parts: Parts, found: Artefact | None) -> Settings:
+def _base(share: float, parts: Parts, found: Artefact | None, released: bool) -> Settings:
     """The configuration that a mean retention names; R3 is None where the budget equation gives it."""
     if found is not None:
         if abs(share - float(found.settings["keep"])) > 1e-6:
@@ -156,7 +160,7 @@ def _base(share: float, parts: Parts, found: Artefact | None) -> Settings:
                 "every image that share, or leave the artefact out."
             )
         return Settings(**{name: found.best[name] for name in NAMES})
-    released = RELEASED.get(round(share, 6))
-    if released is None:
+    known = RELEASED.get(round(share, 6)) if released else None
+    if known is None:
         return uncalibrated(share, parts)
-    return released if parts == RELEASED_PARTS else replace(released, r3=None)
+    return known if parts == RELEASED_PARTS else replace(known, r3=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,10 +53,12 @@ class VFlowOpt(Policy):
 
     Args:
         keep: mean share of the visual tokens over the decoder layers (equation 5 of the paper, basis
-            ``mean_layers``), or such a mean number of tokens per image. 0.5, 0.25 and 0.1 take the configurations
-            released for LLaVA-OneVision-7B, R3 solved from equation 5 where the layers are others. Any other budget
-            is uncalibrated: ``R1 = R2 = R3`` by equation 5, t = 1, cells of half a view's side, alpha = 0. The number
-            of recycled tokens comes on top, see the report.
+            ``mean_layers``), or such a mean number of tokens per image; recycled tokens come on top, see the report.
+            Without a configuration for it the cut is uncalibrated: ``R1 = R2 = R3`` by equation 5, t = 1, cells of
+            half a view's side, alpha = 0.
+        preset: what 0.5, 0.25 and 0.1 mean: ``"auto"``, the configurations released for LLaVA-OneVision-7B on that
+            model and the uncalibrated rule elsewhere (their t, about 30, leaves hardly a patch in K on other towers);
+            ``"released"``, these on every model, R3 solved from equation 5 where the layers are others; ``"none"``.
         r1: share kept by the first cut (R1). None: as ``keep`` says. Each given value replaces that of the
             configuration.
         r2: share of the survivors kept by the second cut (R2).
@@ -78,8 +80,8 @@ class VFlowOpt(Policy):
     Cost: twice the column mass of one encoder block (``4 H T^2 d_head`` FLOPs each), selection O(N log N).
 
     Example:
-        >>> VFlowOpt(keep=0.25).settings_of(0.25, (9, 9, 10)).r1
-        0.2651026358526424
+        >>> VFlowOpt(keep=0.25, t=1.0, a=8.0).layers
+        (0.32, 0.64)
     """
 
     meta = PolicyMeta(
@@ -91,6 +93,7 @@ class VFlowOpt(Policy):
     basis = "mean_layers"
     newlines = "compete"
 
+    preset: Literal["auto", "released", "none"] = "auto"
     r1: float | None = None
     r2: float | None = None
     r3: float | None = None
@@ -107,6 +110,8 @@ class VFlowOpt(Policy):
         for name, value in shares.items():
             if not 0 < value <= 1:
                 raise InputError(f"{name}={value} is out of range; give a share in (0, 1].")
+        if self.preset not in ("auto", "released", "none"):
+            raise InputError(f"preset={self.preset!r} is unknown; give 'auto', 'released' or 'none'.")
         if self.t is not None and not 0 <= self.t < torch.inf:
             raise InputError(f"t={self.t} is out of range; give a threshold of at least 0.")
         if self.a is not None and not 0 < self.a < torch.inf:
@@ -121,24 +126,27 @@ class VFlowOpt(Policy):
         """Decoder layers before, between and behind the two inner cuts; layers that do not increase are refused."""
         return numbers.decoder_parts(self.layers, info)
 
-    def settings_of(self, share: float, parts: Parts) -> Settings:
+    def settings_of(self, share: float, info: ModelInfo) -> Settings:
         """The configuration for a mean retention below 1.
 
         Raises:
             InputError: the given shares cannot reach it, or the artefact is for another one.
         """
+        parts = self.parts(info)
+        same = info.family == numbers.RELEASED_FAMILY and parts == numbers.RELEASED_PARTS
+        released = self.preset == "released" or (self.preset == "auto" and same)
         given = {name: getattr(self, name) for name in numbers.NAMES}
-        return numbers.configuration(share, parts, given, self._artefact)
+        return numbers.configuration(share, parts, given, self._artefact, released)
 
     def requests(self, info: ModelInfo) -> tuple[SiteRequest, ...]:
         if self.budget.is_all:
             return ()
-        second, between, _ = parts = self.parts(info)
+        second, between, _ = self.parts(info)
         if self._artefact is not None:
             self._artefact.check_model(info)
         for budget in self.budget.parts or (self.budget,):
             if budget.share is not None and budget.share < 1:
-                self.settings_of(budget.share, parts)
+                self.settings_of(budget.share, info)
         signals: tuple[Signal, ...] = (Projected(), *self.importance_signals(info))
         inside = self.resolve_positions(info, "keep")
         return (
@@ -167,9 +175,8 @@ class VFlowOpt(Policy):
 
     def select_post_encoder(self, context: Context) -> Selection:
         """The first cut, with recycling."""
-        parts = self.parts(context.info)
         shares = [self._share(context, item) for item in range(context.n_items)]
-        settings = [None if share >= 1 else self.settings_of(share, parts) for share in shares]
+        settings = [None if share >= 1 else self.settings_of(share, context.info) for share in shares]
         if not any(settings):
             return Selection.keep_all(context.valid, context.lengths)
         importance, notes = self.importance(context, [0.0 if s is None else s.t for s in settings])
@@ -187,8 +194,7 @@ class VFlowOpt(Policy):
             return Selection.keep_all(context.valid, context.lengths)  # no image exceeds its number of tokens
         if IMPORTANCE not in context.carry:
             raise SignalError("vflowopt's cuts inside the LLM need the importance that its first cut carries.")
-        parts = self.parts(context.info)
-        name = SHARES[0] if context.layer == parts[0] else SHARES[1]
+        name = SHARES[0] if context.layer == self.parts(context.info)[0] else SHARES[1]
         carried = context.carry.get(PREFIX + name)
         if carried is not None:  # the sample loses what its images would lose together
             sums = (1 - carried).masked_fill(~context.valid, 0.0).sum(1).tolist()
@@ -198,7 +204,8 @@ class VFlowOpt(Policy):
         else:
             share = context.budget.share
             assert share is not None
-            lost = [n * (1 - getattr(self.settings_of(share, parts), name)) for n in context.lengths]
+            kept = getattr(self.settings_of(share, context.info), name)
+            lost = [n * (1 - kept) for n in context.lengths]
         counts = tuple(max(1, n - round(gone)) for n, gone in zip(context.lengths, lost, strict=True))
         return keep_highest(context.carry[IMPORTANCE].float(), context.valid, counts)
 

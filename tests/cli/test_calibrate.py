@@ -1,0 +1,116 @@
+"""`vlmprune calibrate`: a small search on the embedded model, its file, and bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import vlmprune
+import vlmprune.calibration
+from vlmprune.cli import main
+
+SMALL = ("--samples", "2", "--calls", "3", "--param", "alpha=0.0")
+
+
+def printed(argv: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> tuple[str, str]:
+    assert main(argv) == code
+    output = capsys.readouterr()
+    return output.out, output.err
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        Image.effect_noise((120, 90), 20 + 30 * i).convert("RGB").save(folder / f"{i}.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_pictures(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.json"
+    command = ["calibrate", "vflowopt", "--keep", "0.3", "--images", str(pictures), "--output", str(path), *SMALL]
+    out, err = printed(command, capsys)
+    assert err == "" and "r1" in out and f"artefact='{path}'" in out and "of 2 after 3 calls" in out
+    found = json.loads(path.read_text())
+    assert (found["policy"], found["settings"]["keep"], len(found["history"])) == ("vflowopt", 0.3, 3)
+    # Once more, the file is only read; with another seed it is refused.
+    shown = json.loads(printed([*command, "--json"], capsys)[0])
+    assert shown["best"] == found["best"] and "history" not in shown
+    _, err = printed([*command, "--seed", "1"], capsys, code=2)
+    assert err.startswith("vlmprune: ") and "calibration of another seed" in err
+    printed([*command, "--seed", "1", "--fresh"], capsys)
+    assert json.loads(path.read_text())["seed"] == 1
+    # The file works on the command line.
+    run = [
+        "run",
+        "--image",
+        str(pictures / "0.png"),
+        "--prompt",
+        "what is it?",
+        "--policy",
+        "vflowopt",
+        "--keep",
+        "0.3",
+    ]
+    assert "visual tokens" in printed([*run, "--param", f"artefact={path}", "--repeats", "1"], capsys)[0]
+
+
+def test_questions_of_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.json"
+    printed(["calibrate", "vflowopt", "--task", "scenes", "--output", str(path), *SMALL], capsys)
+    model, _ = vlmprune.load_embedded("tiny-llava")
+    with vlmprune.applied(model, "vflowopt", keep=0.25, artefact=path) as handle:
+        assert handle.policy.artefact == str(path)
+
+
+def test_a_run_that_fails_keeps_what_was_found(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, runs = tmp_path / "found.json", []
+    original = vlmprune.calibration.agreement
+
+    def fail_later(dense: list[torch.Tensor], pruned: list[torch.Tensor]) -> float:
+        runs.append(1)
+        if len(runs) == 2:
+            raise RuntimeError("out of memory")
+        return original(dense, pruned)
+
+    monkeypatch.setattr(vlmprune.calibration, "agreement", fail_later)
+    command = ["calibrate", "vflowopt", "--images", str(pictures), "--output", str(path), *SMALL]
+    _, err = printed(command, capsys, code=1)
+    assert "out of memory" in err and str(path) in err
+    assert len(json.loads(path.read_text())["history"]) == 1
+    printed(command, capsys)
+    assert len(json.loads(path.read_text())["history"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["vflowop"], "Did you mean 'vflowopt'?"),
+        (["hiprune"], "'hiprune' has nothing to calibrate"),
+        (["vflowopt", "--keep", "1.0"], "a share, not for keep=1.0"),
+        (["vflowopt", "--keep", "30"], "a share, not for keep=30"),
+        (["vflowopt", "--images", "missing"], "Image folder 'missing' does not exist"),
+        (["vflowopt", "--task", "scene"], "Did you mean 'scenes'?"),
+        (["vflowopt", "--output", "missing/found.json"], "Folder 'missing' for the artefact"),
+        (["vflowopt", "--calls", "0"], "calls"),
+        (["vflowopt", "--param", "r3=0.5"], "r3 follows from keep"),
+    ],
+)
+def test_bad_input(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = [] if "--output" in options else ["--output", str(tmp_path / "found.json")]
+    out, err = printed(["calibrate", *options, *output, "--samples", "1"], capsys, code=2)
+    assert out == "" and message in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["calibrate", "vflowopt", "--images", str(tmp_path), "--output", str(tmp_path / "found.json")]
+    assert "holds no picture" in printed(command, capsys, code=2)[1]
