@@ -39,7 +39,7 @@ class AnyResolutionFamily(LlavaTowerFamily):
                 return []
             raise InputError(
                 "The prompt holds image placeholders, but the call has no image_sizes, which say how many tokens each "
-                "image has; pass what the processor returns."
+                "image has; pass what the processor returns, and leave out prefill_chunk_size."
             )
         rows = [tuple(int(side) for side in size) for size in (sizes.tolist() if isinstance(sizes, Tensor) else sizes)]
         tiled = self.tiled(kwargs, len(rows))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from family_prompts import FamilyPrompt, prefill
-from family_runs import DEPTH, FAMILIES, assert_close, batch, family_model, fixed_policy, masked
+from family_runs import DEPTH, FAMILIES, VERSION, assert_close, batch, family_model, fixed_policy, masked
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -51,7 +52,7 @@ def test_the_loss_on_text(family: str, where: int | None) -> None:
         got = prefill(model, prompt, labels=labels)
     # Some models compute the loss in float32.
     assert torch.allclose(got.loss.double(), expected.loss.double(), rtol=1e-6)
-    by_hand = cross_entropy(got.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    by_hand = cross_entropy(got.logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten())
     assert torch.allclose(got.loss.double(), by_hand, rtol=1e-5)
     dense = prefill(model, prompt, labels=labels).loss
     assert (dense - expected.loss).abs() > 1e-3
@@ -72,6 +73,9 @@ def test_a_log_likelihood_is_sliced_by_position(family: str, where: int | None) 
         expected = likelihood(prefill(model, prompt).logits)
     with vlmprune.applied(model, policy):
         full = prefill(model, prompt).logits
+        if "logits_to_keep" not in inspect.signature(model.forward).parameters:  # Qwen2-VL of transformers 4
+            assert_close(likelihood(full), expected)
+            return
         last = prefill(model, prompt, logits_to_keep=4).logits
         some = prefill(model, prompt, logits_to_keep=torch.tensor([0, prompt.length - 1])).logits
     assert_close(likelihood(full), expected)
@@ -99,6 +103,8 @@ def test_hidden_states_and_attentions_are_as_short_as_their_layers(family: str, 
     assert lengths[:first] == [prompt.length] * first
     assert lengths[first:-1] == [short] * (DEPTH - first)
     assert lengths[-1] in (short, prompt.length)
+    if family == "qwen3_vl" and VERSION < (5, 0):  # adds visual features to the first layers' outputs in place
+        first = max(first, 3)
     for states, wish in zip(out.hidden_states[first:-1], expected.hidden_states[first:-1], strict=True):
         for row, keep in enumerate(stay):
             assert_close(states[row][short - int(keep.sum()) :], wish[row][keep], torch.float32)

@@ -77,4 +77,5 @@ def _allowed(given: Tensor | None, queries: int, total: int) -> Tensor:
     """
     if given is None:
         return torch.ones(1, 1, queries, total, dtype=torch.bool).tril(total - queries)
+    given = given[..., :total]  # PaliGemma of transformers 4 makes a column more where it is given no mask
     return given if given.dtype == torch.bool else given == 0
