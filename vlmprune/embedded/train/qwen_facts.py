@@ -10,6 +10,7 @@ from .qwen_tower import BACKGROUND, CROPS_UNTIL, EASY_SHARE
 
 DATA = {
     "scenes": "generated, train photos and train digits only",
+    "teacher": "tiny-llava, which was trained on the same splits; its card tells of two more training photos",
     "easy_vqa": (
         f"train split only, enlarged to 160 x 160 ({100 * EASY_SHARE:.0f} % of the steps of stage qwen_tower, "
         f"{100 * sum(s.share * s.easy for s in SIZES):.0f} % of the pictures of stage qwen_decoder)"
