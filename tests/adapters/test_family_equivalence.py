@@ -74,6 +74,11 @@ def test_float64(family: str, images: tuple[int, ...], padded: bool, where: int 
     check(family_model(family), prompt, where, ragged=padded)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_side_by_side(family: str) -> None:
+    check(family_model(family), batch(family, (3, 1), between=0), POST)
+
+
 @pytest.mark.parametrize("where", [POST, TWO], ids=["post_encoder", "layer2"])
 @pytest.mark.parametrize("family", VIDEO)
 def test_videos_beside_images(family: str, where: int | None) -> None:

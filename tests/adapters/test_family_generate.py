@@ -10,6 +10,7 @@ from family_prompts import FamilyPrompt, decode, prefill
 from family_runs import (
     FAMILIES,
     VERSION,
+    VIDEO,
     batch,
     family_model,
     fixed_eviction,
@@ -81,6 +82,38 @@ def test_equals_the_masked_dense_model(family: str, mode: str) -> None:
     assert_same(results[1], results[0])
     dense = generate(model, prompt.inputs, **settings)
     assert (dense.scores[0] - results[1].scores[0]).abs().nan_to_num(0, 0, 0).max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["beams", "several-samples", "no-cache"])
+@pytest.mark.parametrize("family", VIDEO)
+def test_videos(family: str, mode: str) -> None:
+    if family == "qwen3_vl" and VERSION < (5, 0) and mode != "no-cache":
+        pytest.skip("transformers 4 cannot repeat the rows of Qwen3-VL's videos")
+    settings, where = MODES[mode]
+    images = (1, 0, 1) if VERSION < (5, 23) else (1, 2, 0)
+    model, prompt = family_model(family), batch(family, images, video=True)
+    policy = fixed_policy(prompt, where)
+    results = []
+    for context in in_both(model, prompt, policy):
+        with context:
+            results.append(generate(model, prompt.inputs, **settings))
+    assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("policy", ["hiprune", "random"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_beam_keeps_what_its_row_keeps_alone(family: str, policy: str) -> None:
+    """Signals and seeds come from the one encoding of each image, before or after ``generate`` repeats rows."""
+    # Before transformers 5.23 InternVL's tiles are repeated one by one, which mixes up several in an image.
+    sizes = ((24, 24),) if family == "internvl" and VERSION < (5, 23) else None
+    model, prompt = family_model(family), batch(family, (1, 0, 1), sizes=sizes)
+    with vlmprune.applied(model, policy, keep=0.3) as handle:
+        prefill(model, prompt)
+        alone = [handle.last.kept(row) for row in (0, 2)]
+        generate(model, prompt.inputs, num_beams=2, max_new_tokens=1)
+        assert handle.last.n_samples == 6
+        assert [handle.last.kept(row) for row in (0, 1, 4, 5)] == [alone[0], alone[0], alone[1], alone[1]]
+    assert alone[0] != alone[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
