@@ -25,7 +25,7 @@ def load_model(
     """Load a vision-language model in eval mode.
 
     Args:
-        name: an embedded model (``tiny-llava``), a local folder, or a hub id.
+        name: an embedded model (``tiny-llava``, ``tiny-qwen``), a local folder, or a hub id.
         dtype: dtype of the weights; None keeps the checkpoint's.
         device: where to put the model; None leaves it on the CPU.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 DEFAULT_KEEP = "0.33"
 
-ModelOption = Annotated[str, typer.Option("--model", help="tiny-llava, a local folder, or a hub id.")]
+ModelOption = Annotated[str, typer.Option("--model", help="tiny-llava, tiny-qwen, a local folder, or a hub id.")]
 PolicyOption = Annotated[
     str,
     typer.Option("--policy", help="A policy (see `vlmprune list`), several joined by '+', or a config file."),
