@@ -97,8 +97,8 @@ def compare(
 
 def read_all(folder: Path = RESULTS, model: str | None = None) -> list[ResultsFile]:
     """The committed results, of one model or all, budgets falling."""
-    files = [path for path in folder.glob("*-keep*.json") if model is None or path.name.startswith(f"{model}-")]
-    return [read_results(path) for path in sorted(files, key=_order)]
+    files = [read_results(path) for path in sorted(folder.glob("*-keep*.json"), key=_order)]
+    return [file for file in files if model is None or any(row.model == model for row in file.rows)]
 
 
 def _order(path: Path) -> tuple[str, float]:
