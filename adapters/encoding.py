@@ -192,6 +192,7 @@ class EncodingRecorder:
             if isinstance(signal, s.Pixels):
                 assert self._scale is not None
                 self._current.values[signal] = run.masked(self._scale.undo(run.pixels()))
+        run.drop_input()
 
     @torch.no_grad()
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -84,6 +84,9 @@ class PackedRun(TowerRun):
     def contents(self) -> list[Tensor]:
         return list(self._input.split(self._valid.sum(1).tolist()))
 
+    def drop_input(self) -> None:
+        del self._input
+
 
 @dataclass(frozen=True)
 class SegmentedAttention:

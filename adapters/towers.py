@@ -67,6 +67,10 @@ class TowerRun(ABC):
     def contents(self) -> list[Tensor]:
         """The input of every view, for digests."""
 
+    @abstractmethod
+    def drop_input(self) -> None:
+        """Let go of the tower's input, which may be large: ``pixels`` and ``contents`` are gone."""
+
 
 class Tower(ABC):
     """How a tower holds its patches."""
@@ -128,6 +132,9 @@ class BatchedRun(TowerRun):
 
     def contents(self) -> list[Tensor]:
         return list(self._pixels)
+
+    def drop_input(self) -> None:
+        del self._pixels
 
 
 @dataclass(frozen=True)
