@@ -175,7 +175,7 @@ class EncodingRecorder:
         try:
             output = original(*args, **kwargs)
             # Not the output itself: generate replaces its fields when it repeats rows.
-            self._current.features = getattr(output, "pooler_output", output)
+            self._current.features = _detached(getattr(output, "pooler_output", output))
             self._last[kind] = self._current
             return output
         finally:
@@ -222,6 +222,13 @@ class EncodingRecorder:
     def _hidden(self, signal: s.Hidden, states: Tensor) -> None:
         if self._current is not None and self._current.run is not None:
             self._current.values[signal] = self._current.run.patches(states.detach())
+
+
+def _detached(features: Any) -> Any:
+    """Features, or nested lists of them, without their autograd graph."""
+    if isinstance(features, (list, tuple)):
+        return [_detached(part) for part in features]
+    return features.detach() if isinstance(features, Tensor) else features
 
 
 class BlockRecorder:
