@@ -76,7 +76,7 @@ def pagerank(
     check_mask(alive, (shape[0], shape[2]), "alive")
     scores = _start(start, shape, dtype, device)
     if alive is not None:
-        scores = scores * alive[:, None]
+        scores = scores.masked_fill(~alive[:, None], 0.0)
     if choose_backend("PageRank", backend, device, ("reference", "torch")) == "reference":
         from vlmprune.kernels.pagerank import reference
 
@@ -114,7 +114,7 @@ def _dense_round(attention: Tensor | None, alive: Tensor | None, dtype: torch.dt
     matrix = attention.to(dtype)
     if alive is None:
         return _Dense(matrix, None)
-    matrix = matrix * (alive[:, None, None] & alive[:, None, :, None])
+    matrix = matrix.masked_fill(~(alive[:, None, None] & alive[:, None, :, None]), 0.0)
     total = matrix.sum(3)
     return _Dense(matrix, torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, total)))
 
