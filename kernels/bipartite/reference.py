@@ -57,15 +57,17 @@ def best_pairs(
     metric: np.ndarray, tokens: tuple[list[int], list[int]], free: tuple[list[bool], list[bool]]
 ) -> tuple[list[float], list[int]]:
     """Best cosine and partner slot of every A slot; -inf and -1 where there is none."""
-    units = [row / max(math.sqrt(float(row @ row)), MIN_NORM) for row in metric]
+    with np.errstate(invalid="ignore"):  # infinite rows become NaN
+        units = [row / max(math.sqrt(float(row @ row)), MIN_NORM) for row in metric]
     scores, partners = [], []
     for a, may in zip(tokens[0], free[0], strict=True):
         best, at = -math.inf, -1
         for slot, (b, open_slot) in enumerate(zip(tokens[1], free[1], strict=True)):
             if not may or not open_slot:
                 continue
-            cosine = min(1.0, float(units[a] @ units[b]))
-            if np.array_equal(units[a], units[b]) and metric[a] @ metric[a] >= MIN_NORM**2:
+            cosine = float(units[a] @ units[b])
+            twins = np.array_equal(units[a], units[b]) and metric[a] @ metric[a] >= MIN_NORM**2
+            if twins or cosine > 1:
                 cosine = 1.0
             if at < 0 or cosine > best or (math.isnan(best) and not math.isnan(cosine)):
                 best, at = cosine, slot
@@ -117,7 +119,7 @@ def _outputs(
     if not goes_to:
         chosen = list(range(problem.n))
     elif problem.order == "original":
-        first = {}
+        first: dict[int, int] = {}
         for token in range(problem.n):
             first.setdefault(goes_to.get(token, token), token)
         chosen = sorted(first, key=lambda token: first[token])

@@ -14,12 +14,12 @@ from vlmprune.kernels.precision import precise_matmul
 BLOCK_BYTES = 32 << 20
 
 
-def best_partners(problem: Problem, units: Tensor, block_bytes: int = BLOCK_BYTES) -> tuple[Tensor, Tensor]:
+def best_partners(problem: Problem, units: Tensor) -> tuple[Tensor, Tensor]:
     """Best cosine ``[B, Na]`` of every A slot over the B slots that may receive, and its slot (lowest on ties)."""
     a = gather_tokens(units, problem.a_index)  # [B, Na, c]
     b = gather_tokens(units, problem.b_index).mT
     free = problem.b_free[:, None]
-    rows = max(1, block_bytes // max(1, problem.batch * b.shape[2] * units.element_size()))
+    rows = max(1, BLOCK_BYTES // max(1, problem.batch * b.shape[2] * units.element_size()))
     scores, partners = [], []
     for start in range(0, a.shape[1], rows):
         cosine = precise_matmul(a[:, start : start + rows], b)

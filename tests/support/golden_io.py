@@ -10,9 +10,9 @@ This module lives in `tests/support`, which `pyproject.toml` puts on the path of
 The test runs once per case of the named kinds. `pytest --golden DIR` replays the same-named files of
 another folder.
 
-Key format of a file: `<case id>/<section>/<name>`, section one of `in`, `param`, `out`, `ref` and `state`
-(weights of a model). A case's kind is read from its id (`kcenter0` -> `kcenter`) or from its key `param/site_<kind>`; `KINDS` says which
-kinds a file may hold, and anything else is an error. `PENDING_KINDS` lists kinds without a test yet.
+Key format of a file: `<case id>/<section>/<name>`, section one of `in`, `param`, `out`, `ref`, `state` (weights
+of a model). A case's kind is read from its id (`kcenter0` -> `kcenter`) or from its key `param/site_<kind>`;
+`KINDS` says which kinds a file may hold, and anything else is an error. `PENDING_KINDS` lists kinds without a test yet.
 """
 
 from __future__ import annotations
