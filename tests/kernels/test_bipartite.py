@@ -123,6 +123,31 @@ def test_equal_rows_tie(channels: int, generator: torch.Generator) -> None:
             same(got, bipartite_match(metric, n // 4, protected=blocked, backend="reference"))
 
 
+@pytest.mark.parametrize("channels", [7, 16, 31, 130])
+def test_equal_targets_tie(channels: int, generator: torch.Generator) -> None:
+    """As above where no A row equals a B row; the lowest of the equal targets that may receive is the partner."""
+    for n, kinds in ((21, 1), (65, 3), (127, 2), (301, 5)):
+        metric = torch.randn(1, n, channels, generator=generator)
+        base = torch.randn(kinds, channels, generator=generator)
+        metric[0, 1::2] = base[torch.randint(0, kinds, (n // 2,), generator=generator)]
+        blocked = torch.rand(1, n, generator=generator) < 0.2
+        for mask in (None, blocked):
+            got = bipartite_match(metric, n // 4, protected=mask)
+            assert torch.equal(
+                got.partner, bipartite_match(metric, n // 4, protected=mask, backend="reference").partner
+            )
+
+
+def test_an_equal_row_beats_a_close_one(generator: torch.Generator) -> None:
+    """Rounded to float32 both cosines may come out as 1 or just above."""
+    for _ in range(20):
+        row = torch.randn(24, generator=generator)
+        close = row.clone()
+        close[3] *= 1 + 2.0**-12
+        match = bipartite_match(torch.stack([row, close, row, close, close, row])[None], 3)
+        assert match.partner.tolist() == [[2, 2, 0]] and match.scores.eq(1).all()
+
+
 def test_all_equal_rows(generator: torch.Generator) -> None:
     metric = torch.full((1, 37, 19), 0.3)
     match = bipartite_match(metric, 5)

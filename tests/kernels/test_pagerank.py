@@ -161,6 +161,18 @@ def test_tolerance_stops_each_sample_by_itself(generator: torch.Generator) -> No
     assert not torch.allclose(got[1], pagerank(attention, 400)[1], atol=1e-7), "it did stop early"
 
 
+def test_a_stopped_sample_stays_stopped() -> None:
+    """Its next round would move a score by more than the tolerance again, while another sample still runs."""
+    swap, ring = torch.zeros(2, 7, 7)
+    swap[[0, 1, 2, 3, 4, 5, 6], [1, 0, 3, 2, 5, 4, 6]] = 1.0  # never settles
+    ring[[1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 2, 3]] = 1.0  # three tokens to three others, these to one,
+    ring[0, 4:] = 1 / 3  # and back: changes of 0.1, then of 0.3
+    start = torch.tensor([[3, 1, 1, 1, 1.1, 1.1, 1.1], [1, 2, 1, 2, 1, 2, 1]])
+    got = pagerank(torch.stack([ring, swap])[:, None], 7, start=start, tolerance=0.2)
+    torch.testing.assert_close(got[0, 0], torch.tensor([3, 1.1, 1.1, 1.1, 1, 1, 1]))
+    assert got[1, 0].tolist() == [2, 1, 2, 1, 2, 1, 1], "seven rounds"
+
+
 def test_half_precision_is_summed_in_float32(generator: torch.Generator) -> None:
     attention = attention_of(1, 2, 40, generator).half()
     got = pagerank(attention, 6)
