@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmprune.core.selection import Selection
 from vlmprune.kernels.bipartite import BipartiteMatch, bipartite_match, merge_groups, torch_backend
 from vlmprune.kernels.gather import compose_groups, segment_merge, unmerge
 
@@ -266,6 +267,26 @@ def test_gradient_flows_through_a_merge(generator: torch.Generator) -> None:
     match = bipartite_match(x, 3)
     merge_groups(x, match.group_id, match.n_out, "sum").sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_repeated_runs_give_the_same_bits(generator: torch.Generator) -> None:
+    metric = torch.randn(2, 129, 40, generator=generator)
+    runs = [bipartite_match(metric, threshold=0.2) for _ in range(10)]
+    merged = [merge_groups(metric, run.group_id, run.n_out) for run in runs]
+    assert all(torch.equal(run.scores, runs[0].scores) for run in runs)
+    assert all(torch.equal(run.group_id, runs[0].group_id) for run in runs)
+    assert all(torch.equal(values, merged[0]) for values in merged)
+
+
+def test_groups_make_a_selection(generator: torch.Generator) -> None:
+    x = torch.randn(2, 14, 5, generator=generator)
+    size = torch.rand(2, 14, generator=generator) + 0.5
+    match = bipartite_match(x, threshold=0.3, order="original")
+    selection = Selection.merge(match.group_id, match.n_out, "wavg", size)
+    torch.testing.assert_close(selection.apply(x), merge_groups(x, match.group_id, match.n_out, size=size))
+    assert selection.out_counts() == tuple(match.counts.tolist())
+    for anchors, count in zip(selection.anchors().tolist(), match.counts.tolist(), strict=True):
+        assert anchors[:count] == sorted(anchors[:count]), "in the original order"
 
 
 def test_bad_arguments() -> None:
