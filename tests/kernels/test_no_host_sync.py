@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from vlmprune.kernels.bipartite import bipartite_match, merge_groups
 from vlmprune.kernels.column_mass import attention_rows, column_mass, group_mass
 from vlmprune.kernels.gather import gather_tokens, pack_indices, segment_merge
 from vlmprune.kernels.kcenter import greedy_select
 from vlmprune.kernels.ordering import stable_topk
+from vlmprune.kernels.pagerank import fuse_heads, pagerank
 
 B, N = 2, 80
 
@@ -78,6 +80,34 @@ def test_attention(cuda: torch.device) -> None:
     assert group_mass(q, k, ids, ids, n_query_groups=2, n_key_groups=3, **masking).shape == (B, 2, 3)
 
 
+def test_matching_and_merging(cuda: torch.device) -> None:
+    metric = torch.empty(B, N, 16, device=cuda, dtype=torch.half)
+    valid = torch.ones(B, N, device=cuda, dtype=torch.bool)
+    counts = torch.ones(B, device=cuda, dtype=torch.long)
+    halves = (torch.zeros(30, device=cuda, dtype=torch.long), torch.ones(B, 31, device=cuda, dtype=torch.long))
+    for arguments, n_out in (
+        ({"r": 7, "protect": 1}, N - 7),
+        ({"r": counts, "valid": valid, "protected": valid}, N),
+        ({"threshold": torch.zeros(B, device=cuda), "split": halves, "order": "original"}, N),
+    ):
+        match = bipartite_match(metric, backend="torch", **arguments)
+        assert match.n_out == n_out and match.group_id.shape == match.merged_tokens().shape == (B, N)
+        merged = merge_groups(metric, match.group_id, match.n_out, size=metric[..., 0], backend="torch")
+        assert merged.shape == (B, n_out, 16) and merged.dtype == torch.half
+
+
+def test_pagerank(cuda: torch.device) -> None:
+    attention = torch.empty(B, 4, N, N, device=cuda, dtype=torch.bfloat16)
+    q, k = (torch.empty(B, heads, N, 8, device=cuda, dtype=torch.half) for heads in (4, 2))
+    alive = torch.ones(B, N, device=cuda, dtype=torch.bool)
+    for scores in (
+        pagerank(attention, 3, alive=alive, damping=0.1, start=attention[0, 0, 0]),
+        pagerank(None, 2, qk=(q, k), alive=alive, chunk_bytes=5000),
+    ):
+        assert scores.shape == (B, 4, N) and scores.dtype == torch.float32
+        assert fuse_heads(scores, counted=alive).importance.shape == (B, N)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_triton_selection_on_a_gpu() -> None:
     x, valid = torch.randn(B, N, 16, device="cuda"), torch.ones(B, N, dtype=torch.bool, device="cuda")
@@ -88,3 +118,20 @@ def test_triton_selection_on_a_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got.indices, want.indices)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_triton_matching_on_a_gpu() -> None:
+    x, valid = torch.randn(B, N, 16, device="cuda"), torch.ones(B, N, dtype=torch.bool, device="cuda")
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        match = bipartite_match(x, 9, valid=valid, backend="triton")
+        return match.group_id, merge_groups(x, match.group_id, match.n_out, size=x[..., 0], backend="triton")
+
+    want = run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])

@@ -10,9 +10,9 @@ This module lives in `tests/support`, which `pyproject.toml` puts on the path of
 The test runs once per case of the named kinds. `pytest --golden DIR` replays the same-named files of
 another folder.
 
-Key format of a file: `<case id>/<section>/<name>`, section one of `in`, `param`, `out`, `ref`. A case's
-kind is read from its id (`kcenter0` -> `kcenter`) or from its key `param/site_<kind>`; `KINDS` says which
-kinds a file may hold, and anything else is an error. `PENDING_KINDS` lists kinds without a test yet.
+Key format of a file: `<case id>/<section>/<name>`, section one of `in`, `param`, `out`, `ref`, `state` (weights
+of a model). A case's kind is read from its id (`kcenter0` -> `kcenter`) or from its key `param/site_<kind>`;
+`KINDS` says which kinds a file may hold, and anything else is an error. `PENDING_KINDS` lists kinds without a test yet.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from types import MappingProxyType
 import numpy as np
 
 GOLDEN_DIR = Path(__file__).resolve().parents[1] / "golden"
-SECTIONS = {"in": "inputs", "param": "params", "out": "outputs", "ref": "refs"}
+SECTIONS = {"in": "inputs", "param": "params", "out": "outputs", "ref": "refs", "state": "state"}
 SITE_KEY = "site_"
 
 
@@ -60,11 +60,21 @@ KINDS: Mapping[str, KindRule] = MappingProxyType(
         "todre": KindRule(prefixes=("select", "ratio", "e2e")),
         "vflowopt": KindRule(prefixes=("imp", "rec", "align", "llm", "budget")),
         "transprune": KindRule(prefixes=("ttv",), default="reference"),
+        "tome": KindRule(prefixes=("chain", "kth", "parse", "propattn", "vit"), default="reference"),
+        "dymu": KindRule(prefixes=("calib", "single", "batch", "rs", "vtu")),
+        "zero_tprune": KindRule(prefixes=("early",), default="reference"),
     }
 )
 
 # (file, kind): the feature under test does not exist yet. This list shrinks to nothing.
-PENDING_KINDS: frozenset[tuple[str, str]] = frozenset({("kernels", "dpp")})
+PENDING_KINDS: frozenset[tuple[str, str]] = frozenset(
+    {
+        ("kernels", "dpp"),
+        *(("tome", kind) for kind in ("kth", "parse", "propattn", "vit")),
+        *(("dymu", kind) for kind in ("calib", "rs", "vtu")),
+        *(("zero_tprune", kind) for kind in ("early", "reference")),
+    }
+)
 
 
 class GoldenError(Exception):
@@ -82,6 +92,7 @@ class Case:
     params: dict[str, np.ndarray] = field(default_factory=dict)
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
     refs: dict[str, np.ndarray] = field(default_factory=dict)
+    state: dict[str, np.ndarray] = field(default_factory=dict)
 
     def ratio(self, name: str) -> float:
         """A float parameter as it was written: stored as float32, rounded to 6 decimals."""
