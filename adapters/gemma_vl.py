@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
-from vlmprune.adapters.family import Encoded, find_module, text_info
+from vlmprune.adapters.family import Encoded, text_info
 from vlmprune.adapters.layout import ImageShape, Kind
 from vlmprune.adapters.text import TEXT_SIGNALS
 from vlmprune.adapters.towers import BatchedTower
@@ -25,18 +25,6 @@ class GemmaVisionFamily(VisionFamily):
     name: str
     prepares_masks = True
     tower_signals: frozenset[type[Signal]] = TOWER_SIGNALS
-
-    @property
-    def tower_module(self) -> nn.Module:
-        return find_module(self.base, ("vision_tower",), "vision tower")
-
-    @property
-    def projector(self) -> nn.Module:
-        return find_module(self.base, ("multi_modal_projector",), "projector")
-
-    def vision_blocks(self) -> Sequence[nn.Module]:
-        paths = ("encoder.layers", "vision_model.encoder.layers")
-        return find_module(self.tower_module, paths, "vision blocks")  # type: ignore[return-value]
 
     @property
     def tower(self) -> BatchedTower:

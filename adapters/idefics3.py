@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from vlmprune.adapters.family import find_module, text_info
+from vlmprune.adapters.family import text_info
 from vlmprune.adapters.text import TEXT_SIGNALS
 from vlmprune.adapters.tiles import Runs, TiledFamily
 from vlmprune.adapters.towers import BatchedTower
@@ -24,21 +23,7 @@ class Idefics3Family(TiledFamily):
 
     classes = ("Idefics3ForConditionalGeneration", "Idefics3Model")
     name = "idefics3"
-
-    @property
-    def text_model(self) -> nn.Module:
-        return find_module(self.base, ("text_model",), "text model")
-
-    @property
-    def tower_module(self) -> nn.Module:
-        return find_module(self.base, ("vision_model",), "vision tower")
-
-    @property
-    def projector(self) -> nn.Module:
-        return find_module(self.base, ("connector",), "connector")
-
-    def vision_blocks(self) -> Sequence[nn.Module]:
-        return find_module(self.tower_module, ("encoder.layers",), "vision blocks")  # type: ignore[return-value]
+    text_paths, tower_paths, projector_paths = ("text_model",), ("vision_model",), ("connector",)
 
     @property
     def tower(self) -> BatchedTower:

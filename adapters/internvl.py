@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from vlmprune.adapters.family import find_module, text_info
+from vlmprune.adapters.family import text_info
 from vlmprune.adapters.llava_tower import feature_block
 from vlmprune.adapters.text import TEXT_SIGNALS
 from vlmprune.adapters.tiles import TiledFamily
@@ -24,17 +23,7 @@ class InternVLFamily(TiledFamily):
     are images. The projector's input is per token: its patches' features side by side."""
 
     classes = ("InternVLForConditionalGeneration", "InternVLModel")
-
-    @property
-    def tower_module(self) -> nn.Module:
-        return find_module(self.base, ("vision_tower",), "vision tower")
-
-    @property
-    def projector(self) -> nn.Module:
-        return find_module(self.base, ("multi_modal_projector",), "projector")
-
-    def vision_blocks(self) -> Sequence[nn.Module]:
-        return find_module(self.tower_module, ("encoder.layer",), "vision blocks")  # type: ignore[return-value]
+    block_paths = ("encoder.layer",)
 
     def vision_attention(self, block: int) -> nn.Module:
         return self.vision_blocks()[block].attention

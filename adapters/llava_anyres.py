@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,13 +67,13 @@ class AnyResolutionFamily(LlavaTowerFamily):
         views = (thumbnail, *self.canvas_views(origin, newlines)) if count > 1 else (thumbnail,)
         return ImageShape(len(origin), views, newlines, count, size)
 
+    @abstractmethod
     def canvas_views(self, origin: np.ndarray, newlines: tuple[Newline, ...]) -> list[View]:
         """Views of the tokens behind the thumbnail.
 
         Args:
             origin: number of the patch behind each token, fractions where patches were interpolated.
         """
-        raise NotImplementedError
 
     def pack(self, shape: ImageShape, values: Tensor, newline: float) -> Tensor:
         return self._pack_images(shape.geometry, values, newline)
@@ -82,8 +83,9 @@ class AnyResolutionFamily(LlavaTowerFamily):
         separator = values.new_full((values.shape[3],), newline)
         return torch.stack([self._pack_image(size, image, separator) for image in values])
 
+    @abstractmethod
     def _pack_image(self, size: tuple[int, int], image: Tensor, newline: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Tokens ``[n, C]`` of one image."""
 
 
 class LlavaNextFamily(AnyResolutionFamily):

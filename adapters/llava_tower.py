@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
-from vlmprune.adapters.family import find_module, text_info
+from vlmprune.adapters.family import text_info
 from vlmprune.adapters.text import TEXT_SIGNALS
 from vlmprune.adapters.towers import BatchedTower, Tower
 from vlmprune.adapters.vision_family import CLS_SIGNALS, TOWER_SIGNALS, VisionFamily
@@ -24,18 +22,6 @@ class LlavaTowerFamily(VisionFamily):
     """Parts and facts of a LLaVA model; subclasses say how its images are laid out."""
 
     name: str
-
-    @property
-    def tower_module(self) -> nn.Module:
-        return find_module(self.base, ("vision_tower",), "vision tower")
-
-    @property
-    def projector(self) -> nn.Module:
-        return find_module(self.base, ("multi_modal_projector",), "projector")
-
-    def vision_blocks(self) -> Sequence[nn.Module]:
-        paths = ("encoder.layers", "vision_model.encoder.layers")
-        return find_module(self.tower_module, paths, "vision blocks")  # type: ignore[return-value]
 
     @property
     def tower(self) -> Tower:

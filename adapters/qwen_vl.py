@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from vlmprune.adapters.family import Encoded, find_module, text_info
+from vlmprune.adapters.family import Encoded, text_info
 from vlmprune.adapters.layout import ImageShape, Kind
 from vlmprune.adapters.packed_tower import PackedTower
 from vlmprune.adapters.text import TEXT_SIGNALS
@@ -28,17 +28,7 @@ class QwenVLFamily(VisionFamily):
 
     kinds = ("image", "video")
     name: str
-
-    @property
-    def tower_module(self) -> nn.Module:
-        return find_module(self.base, ("visual",), "vision tower")
-
-    @property
-    def projector(self) -> nn.Module:
-        return find_module(self.tower_module, ("merger",), "patch merger")
-
-    def vision_blocks(self) -> Sequence[nn.Module]:
-        return find_module(self.tower_module, ("blocks",), "vision blocks")  # type: ignore[return-value]
+    tower_paths, projector_paths, block_paths = ("visual",), ("visual.merger",), ("blocks",)
 
     def vision_attention(self, block: int) -> nn.Module:
         return self.vision_blocks()[block].attn

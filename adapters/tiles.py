@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,14 +22,14 @@ class TiledFamily(VisionFamily):
     """An image is one tile, or several and a thumbnail; ``merge x merge`` patches make a token."""
 
     @property
+    @abstractmethod
     def side(self) -> int:
         """Patches along a side of a tile."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def merge(self) -> int:
         """Patches along a side of a token."""
-        raise NotImplementedError
 
     @property
     def tile_tokens(self) -> int:

@@ -25,11 +25,16 @@ PIXELS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_video
 class VisionFamily(Family):
     """A vision-language model of transformers.
 
-    Subclasses name the classes they serve in ``classes``: the model with its head, and the one without.
+    Subclasses name the classes they serve in ``classes``, the model with its head and the one without, and where their
+    parts are: ``*_paths`` are tried in order, blocks from the tower on.
     """
 
     classes: tuple[str, str]
     kinds: tuple[Kind, ...] = ("image",)
+    text_paths: tuple[str, ...] = ("language_model",)
+    tower_paths: tuple[str, ...] = ("vision_tower",)
+    projector_paths: tuple[str, ...] = ("multi_modal_projector",)
+    block_paths: tuple[str, ...] = ("encoder.layers", "vision_model.encoder.layers")
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -41,26 +46,26 @@ class VisionFamily(Family):
 
     @property
     def text_model(self) -> nn.Module:
-        return find_module(self.base, ("language_model",), "text model")
+        return find_module(self.base, self.text_paths, "text model")
 
     @property
-    @abstractmethod
     def tower_module(self) -> nn.Module:
         """The vision tower, called with pixels."""
+        return find_module(self.base, self.tower_paths, "vision tower")
 
     @property
-    @abstractmethod
     def projector(self) -> nn.Module:
         """The module that takes the tower's features to the LLM's width."""
+        return find_module(self.base, self.projector_paths, "projector")
 
     @property
     @abstractmethod
     def tower(self) -> Tower:
         """How the tower holds its patches."""
 
-    @abstractmethod
     def vision_blocks(self) -> Sequence[nn.Module]:
         """Blocks of the tower, in order."""
+        return find_module(self.tower_module, self.block_paths, "vision blocks")  # type: ignore[return-value]
 
     def vision_attention(self, block: int) -> nn.Module:
         """The attention module of a tower block."""
