@@ -11,10 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vlmprune
 from vlmprune.core.sites import Site
-from vlmprune.embedded.random_models import random_vlm
-
-FAMILIES = ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3", "paligemma"]
-
+from vlmprune.embedded.random_models import FAMILIES, random_vlm
 
 def counted(model: torch.nn.Module, prompt: object) -> int:
     """FLOPs of all decoder layers in one forward over the prompt."""
