@@ -13,6 +13,7 @@ import vlmprune
 from vlmprune.core.sites import Site
 from vlmprune.embedded.random_models import FAMILIES, random_vlm
 
+
 def counted(model: torch.nn.Module, prompt: object) -> int:
     """FLOPs of all decoder layers in one forward over the prompt."""
     base = model.model
