@@ -56,6 +56,7 @@ class Engine:
         self._layout: PromptLayout | None = None
         self._in_base = False
         self._warned = False
+        self._base_arguments: tuple[str, ...] = ()
         self._busy: dict[str, int] = {}
 
     @property
@@ -92,6 +93,7 @@ class Engine:
         if self._active:
             guards.check_attention(self.family)
         if self.family.base is not None:
+            self._base_arguments = tuple(inspect.signature(self.family.base.forward).parameters)
             self._hooks.before(self.family.base, self._before_base, prepend=True)
             self._hooks.after(self.family.base, self._after_base, always=True)
         self._hooks.before(self.family.text_model, self._before_text)
@@ -122,7 +124,7 @@ class Engine:
             return
         self._enter()
         if args:  # some models hand over their first argument by place
-            kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+            kwargs = {**dict(zip(self._base_arguments, args, strict=False)), **kwargs}
         try:
             self._in_base = True
             assert self.encoder is not None

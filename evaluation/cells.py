@@ -97,9 +97,9 @@ def random_budget(cell: Cell, mean_kept_layers: float | None, mean_kept_tokens: 
         return None
     budget = cell.policy.budget
     plain = budget.tokens is not None or (budget.share is not None and not budget.is_all)
-    known = mean_kept_layers is not None and mean_kept_tokens is not None
-    even = not known or abs(mean_kept_layers - mean_kept_tokens) < 0.5  # type: ignore[operator]
-    if cell.name == RANDOM or (plain and even and not isinstance(cell.keep, list)):
+    known = None not in (mean_kept_layers, mean_kept_tokens)
+    uneven = known and abs((mean_kept_layers or 0.0) - (mean_kept_tokens or 0.0)) >= 0.5
+    if cell.name == RANDOM or (plain and not uneven and not isinstance(cell.keep, list)):
         return cell.keep
     return None if mean_kept_layers is None else max(1, round(mean_kept_layers))
 
