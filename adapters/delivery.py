@@ -17,6 +17,7 @@ FROM_TOWER = (
     s.PreProjector,
     s.Pixels,
 )
+IN_TOWER = (s.KeyMean, s.HeadAttention)
 FROM_PROMPT = (s.Projected, s.Projector, s.TextEmbeddings)
 FROM_ATTENTION = (s.GroupMass, s.AttentionRows, s.ColumnMass)
 
@@ -31,11 +32,21 @@ def why_missing(signal: s.Signal, request: SiteRequest, info: ModelInfo) -> str 
         return f"which {info.model_class} cannot give{_hint(signal, info)}"
     if layer is not None and depth is not None and not 0 <= layer < depth:
         return f"but layer {layer} does not exist: the {signal.stack_name} stack of {info.model_class} has {depth}"
-    if request.site == Site.POST_ENCODER:
+    if request.site == Site.VISION_BLOCK:
+        served = _in_tower(signal, request)
+    elif isinstance(signal, IN_TOWER):
+        served = False
+    elif request.site == Site.POST_ENCODER:
         served = isinstance(signal, FROM_PROMPT) or (isinstance(signal, FROM_TOWER) and signal.stack_name == "vision")
     else:
         served = _in_decoder(signal, request)
     return None if served else f"which cannot be had at {_place(request)}"
+
+
+def _in_tower(signal: s.Signal, request: SiteRequest) -> bool:
+    """True if a site inside the tower can have the signal: of the block whose attention ran last."""
+    block = (request.layer or 0) - (request.place == "before")
+    return isinstance(signal, (*IN_TOWER, s.Keys)) and signal.stack_name == "vision" and signal.layer == block
 
 
 def _in_decoder(signal: s.Signal, request: SiteRequest) -> bool:

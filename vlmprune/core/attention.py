@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from vlmprune.kernels.pagerank import pagerank
+
 
 class AttentionMap(Protocol):
     """Softmax attention between the patches of each encoder view, mean over heads.
@@ -44,3 +46,41 @@ class DenseAttention:
             return mass
         total = weight.sum(1, keepdim=True)
         return mass / total.where(total != 0, 1.0)
+
+
+class AttentionHeads(Protocol):
+    """Softmax attention ``[V, H, N, N]`` of each view and head as a graph: rows are queries and vote for columns."""
+
+    def pagerank(self, iters: int, start: Tensor, alive: Tensor | None = None) -> Tensor:
+        """Scores ``[V, H, N]`` after ``iters`` rounds of ``s <- A^T s``.
+
+        Args:
+            iters: rounds.
+            start: ``[V, N]`` or ``[V, H, N]``.
+            alive: bool ``[V, N]``; the rows of the tokens left are normalised over them.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DenseHeads:
+    """:class:`AttentionHeads` from the matrix itself ``[V, H, N, N]``, for small inputs and tests."""
+
+    matrix: Tensor
+
+    def pagerank(self, iters: int, start: Tensor, alive: Tensor | None = None) -> Tensor:
+        """See :class:`AttentionHeads`."""
+        return pagerank(self.matrix, iters, start=start, alive=alive)
+
+
+@dataclass(frozen=True)
+class StreamedHeads:
+    """:class:`AttentionHeads` from queries and keys ``[V, H, N, d]``; the matrix never exists as a whole."""
+
+    query: Tensor
+    key: Tensor
+    scale: float | None = None
+
+    def pagerank(self, iters: int, start: Tensor, alive: Tensor | None = None) -> Tensor:
+        """See :class:`AttentionHeads`."""
+        return pagerank(None, iters, qk=(self.query, self.key), scale=self.scale, start=start, alive=alive)

@@ -22,8 +22,11 @@ from vlmprune.core.views import Newline, View, ViewGroup, on_device, split_count
 class Context:
     """A padded batch of ``I`` items of up to ``N`` visual tokens.
 
-    An item is a view at ``vision_block``, an image with all its views at ``post_encoder``, and a sample at
-    ``decoder_layer`` and ``kv_cache``.
+    An item is a view at ``vision_block`` (a window of it in towers that attend in windows), an image with all its
+    views at ``post_encoder``, and a sample at ``decoder_layer`` and ``kv_cache``.
+
+    A token at ``vision_block`` is a patch, or in a VLM whose projector joins ``info.merge_unit`` patches such a unit
+    of patches; ``prefix`` tokens (CLS, distillation, registers) stand before them in every item.
 
     Attributes:
         site, layer: where this is (``layer`` as in the request).
@@ -36,12 +39,15 @@ class Context:
         views: per item its views (empty at decoder sites).
         newlines: per item its newline tokens (any-resolution images). A policy whose ``newlines`` is ``"rows"``
             leaves them out: the framework keeps the newline of every row that still has tokens.
-        pinned: ``[I, N]`` those newline tokens, None where they compete with all others for the budget.
+        pinned: ``[I, N]`` those newline tokens, None where they compete with all others for the budget; at
+            ``vision_block`` units of patches of which some are padding.
         image_id: ``[I, N]`` image of each token inside the sample, -1 for padding (decoder sites).
         position: ``[I, N]`` place of each token in the current sequence, padding not counted (decoder sites).
         image_lengths: per item the tokens of each of its images as they entered the decoder (decoder sites).
         sample: sample that each item belongs to.
-        sizes: ``[I, N]`` patches that each token stands for.
+        sizes: ``[I, N]`` tokens that entered the tower and that each token stands for, None while all are 1.
+        prefix: tokens at the front of every item that must stay there as they are (``vision_block``).
+        entered: tokens of each item as it entered the tower, prefix included (``vision_block``).
         carry: per-token values kept by earlier selections of this forward.
         seeds: per item, only for policies that draw.
         encoder_items: item of each encoder view, in LLM order (``post_encoder``; see :mod:`vlmprune.core.signals`).
@@ -68,6 +74,8 @@ class Context:
     sizes: Tensor | None = None
     carry: Mapping[str, Tensor] = field(default_factory=dict)
     seeds: tuple[int, ...] | None = None
+    prefix: int = 0
+    entered: tuple[int, ...] = ()
     encoder_items: tuple[int, ...] = ()
     patch_valid: Tensor | None = None
     to_tokens: Callable[..., Tensor] | None = None

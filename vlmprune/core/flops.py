@@ -1,4 +1,4 @@
-"""FLOPs of a decoder's prefill: what a FLOP counter sees, by formula."""
+"""FLOPs of a decoder's prefill and of a vision tower: what a FLOP counter sees, by formula."""
 
 from __future__ import annotations
 
@@ -29,3 +29,27 @@ def decoder_flops(info: ModelInfo, lengths: Sequence[int], rows: int = 1) -> flo
     width, heads, kv_heads, head_dim, ffn = (size or 0 for size in sizes)
     per_token = 2 * width * head_dim * (2 * heads + 2 * kv_heads) + 6 * width * ffn
     return float(rows * sum(n * per_token + 4 * n * n * heads * head_dim for n in lengths))
+
+
+def tower_flops(info: ModelInfo, attended: Sequence[float], passed: Sequence[float], views: int = 1) -> float | None:
+    """FLOPs (2 per multiply-add) of a vision tower's blocks.
+
+    Per block of width d and MLP width m, with n tokens in the attention and k in the MLP:
+    ``8 n d^2 + 4 n^2 d + 4 k d m`` (``6 k d m`` with a gate). Patch embedding, norms and the head are left out;
+    attention inside windows counts as if over the whole view.
+
+    Args:
+        info: the model.
+        attended: tokens of a view, prefix included, in each block's attention.
+        passed: tokens in each block's MLP; a merge in the middle of a block makes them fewer.
+        views: how many.
+
+    Returns:
+        The FLOPs, None where the tower's sizes are not known.
+    """
+    if info.vision_hidden is None or info.vision_ffn is None:
+        return None
+    width, ffn = info.vision_hidden, info.vision_ffn
+    mlp = (6 if info.vision_gated else 4) * width * ffn
+    pairs = zip(attended, passed, strict=True)
+    return float(views * sum(8 * n * width**2 + 4 * n * n * width + k * mlp for n, k in pairs))

@@ -22,12 +22,15 @@ class ModelInfo:
         vision_depth, text_depth: number of blocks; None where there is no such stack.
         feature_block: 0-based vision block whose output feeds the projector.
         has_cls: the tower has a CLS token.
+        prefix_tokens: tokens of the tower that stand before the patches (CLS, distillation, registers).
         grid: patch grid (height, width) of a view where the config fixes it.
         tokens_per_image: visual tokens per image where the config fixes it.
         merge_unit: patches that make one LLM token (4 for a 2 x 2 merger).
         mrope: the decoder uses multi-axis rotary positions.
         full_attention_blocks: vision blocks that attend to the whole image; None means all.
         text_hidden, text_heads, text_kv_heads, text_head_dim, text_ffn: sizes of the decoder.
+        vision_hidden, vision_heads, vision_ffn: sizes of the tower's blocks.
+        vision_gated: the tower's MLP has three matrices (SwiGLU), not two.
         video: the family takes videos.
     """
 
@@ -39,6 +42,7 @@ class ModelInfo:
     text_depth: int | None = None
     feature_block: int | None = None
     has_cls: bool = False
+    prefix_tokens: int = 0
     grid: tuple[int, int] | None = None
     tokens_per_image: int | None = None
     merge_unit: int = 1
@@ -49,6 +53,10 @@ class ModelInfo:
     text_kv_heads: int | None = None
     text_head_dim: int | None = None
     text_ffn: int | None = None
+    vision_hidden: int | None = None
+    vision_heads: int | None = None
+    vision_ffn: int | None = None
+    vision_gated: bool = False
     video: bool = False
     notes: dict[str, str] = field(default_factory=dict, compare=False)
 

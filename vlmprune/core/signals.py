@@ -67,6 +67,25 @@ class Keys(Signal):
 
 
 @dataclass(frozen=True)
+class KeyMean(Signal):
+    """Keys of a tower block, mean over heads, ``[I, N, d]``, at ``vision_block`` only (the metric of ToMe). The keys
+    of the patches of a unit stand side by side; a prefix token's key is repeated as often."""
+
+    stack: ClassVar[Stack] = "vision"
+    layer: int
+
+
+@dataclass(frozen=True)
+class HeadAttention(Signal):
+    """A tower block's attention per head over the tokens of ``vision_block``, prefix tokens included, as
+    :class:`vlmprune.core.attention.AttentionHeads`: votes along it, without the matrix."""
+
+    per_token: ClassVar[bool] = False
+    stack: ClassVar[Stack] = "vision"
+    layer: int
+
+
+@dataclass(frozen=True)
 class QK(Signal):
     """Queries and keys of an attention layer as they enter the product: a pair of ``[V, H, P, d]`` over the patches
     of every encoder view. Which pairs a windowed layer allows they do not say: see :class:`Attention`."""
