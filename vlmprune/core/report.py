@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,10 @@ class Report:
         prompt_tokens: padded prompt length before any reduction.
         images: the batch's images, those of a sample in order.
         sites: selections in the order in which they happened.
+        tower_sites: selections inside the vision tower, in order; items are its views (or windows of them), and what
+            they mean for the LLM's tokens is the first of ``sites``.
+        tower_attended, tower_passed: mean tokens per item in the attention and in the MLP of every tower block;
+            empty where nothing acts there.
         text_depth: decoder layers.
         lengths_per_layer: tokens per row that each decoder layer worked on, text and padding included.
         decoder_flops, decoder_flops_dense: FLOPs of the decoder layers over the prompt, pruned and unpruned, by
@@ -40,6 +45,9 @@ class Report:
     prompt_tokens: int = 0
     images: tuple[ImageRecord, ...] = ()
     sites: list[SiteRecord] = field(default_factory=list)
+    tower_sites: list[SiteRecord] = field(default_factory=list)
+    tower_attended: tuple[float, ...] = ()
+    tower_passed: tuple[float, ...] = ()
     text_depth: int = 0
     lengths_per_layer: tuple[int, ...] = ()
     decoder_flops: float | None = None
@@ -141,9 +149,14 @@ class Report:
                 return scores[start : start + length]
         return None
 
+    def take_tower(self, records: Sequence[SiteRecord], attended: Sequence[float], passed: Sequence[float]) -> None:
+        """Write down what happened inside the tower."""
+        self.tower_sites += records
+        self.tower_attended, self.tower_passed = tuple(attended), tuple(passed)
+
     def take_notes(self) -> None:
         """Add what the selections noted to the warnings, each text once."""
-        for record in self.sites:
+        for record in [*self.tower_sites, *self.sites]:
             self.warnings += [note for note in record.selection.notes if note not in self.warnings]
 
     def summary(self) -> dict[str, Any]:
@@ -155,6 +168,9 @@ class Report:
             "kept_tokens": list(self.kept_tokens),
             "mean_kept_layers": self.mean_kept_layers,
             "layers_used": self.layers_used,
+            "tower_sites": [record.summary() for record in self.tower_sites],
+            "tower_attended": list(self.tower_attended),
+            "tower_passed": list(self.tower_passed),
             "sites": [record.summary() for record in self.sites],
             "lengths_per_layer": list(self.lengths_per_layer),
             "decoder_flops": self.decoder_flops,
