@@ -18,6 +18,8 @@ SAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ClsRow": ({"layer": 3}, {"layer": 4}),
     "ClsLogits": ({"layer": 3}, {"layer": 4}),
     "Keys": ({"stack": "vision", "layer": 3}, {"stack": "text", "layer": 3}),
+    "KeyMean": ({"layer": 3}, {"layer": 4}),
+    "HeadAttention": ({"layer": 3}, {"layer": 4}),
     "QK": ({"stack": "vision", "layer": 3}, {"stack": "text", "layer": 3}),
     "Attention": ({"layer": 3}, {"layer": 4}),
     "Hidden": ({"stack": "text", "layer": 3}, {"stack": "text", "layer": 3, "when": "in"}),
