@@ -92,6 +92,7 @@ def test_per_token_says_which_tensors_follow_a_selection() -> None:
         "ColumnMass",
         "DecodeRows",
         "Hidden",
+        "KeyMean",
         "Keys",
         "PreProjector",
         "Projected",
