@@ -104,6 +104,5 @@ def reach_notes(
         name: of the policy.
         shortfall: reason for a budget on so many free tokens, None where it is reached.
     """
-    pairs = {(context.item_budget(item), n) for item, n in enumerate(free_entered(context))}
-    reasons = {shortfall(context.info, budget, n) for budget, n in pairs if n}
+    reasons = {shortfall(context.info, context.budget, n) for n in set(free_entered(context)) if n}
     return tuple(sorted(f"{name}: {reason}." for reason in reasons if reason))

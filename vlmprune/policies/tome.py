@@ -198,7 +198,8 @@ class ToMe(Policy):
         if self.r is not None:
             return (self.schedule(info.vision_depth or 0)[block],) * context.n_items
         entered = merging.free_entered(context)
-        return tuple(self.plan(info, context.item_budget(item), n)[block] for item, n in enumerate(entered))
+        taken = {n: self.plan(info, context.budget, n)[block] for n in set(entered)}
+        return tuple(taken[n] for n in entered)
 
     def select_vision_block(self, context: Context) -> Selection:
         """Merge in one block."""

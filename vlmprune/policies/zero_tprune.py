@@ -114,8 +114,8 @@ class ZeroTPrune(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("keep_rates", "s_prune", "layers", "iters"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         check_settings(vars(self), self.budget)
 
     @property
@@ -180,10 +180,10 @@ class ZeroTPrune(Policy):
         """See :meth:`vlmprune.core.policy.Policy.check_count`; also refuses FLOPs that no keep rate reaches."""
         super().check_count(info)
         schedules.check_windows(self.budget, info)
-        if self.budget.flops is not None and not self.budget.is_all:
-            reason = self.shortfall(info, self.budget, schedules.fixed_tokens(info) or 1)
-            if reason is not None and schedules.fixed_tokens(info) is not None:
-                raise BudgetError(f"{reason}; ask for no less, or begin to prune in earlier layers.")
+        n = schedules.fixed_tokens(info)
+        reason = None if self._rated or self.budget.is_all else self.shortfall(info, self.budget, n or 1)
+        if n is not None and reason is not None:
+            raise BudgetError(f"{reason}; ask for no less, or begin to prune in earlier layers.")
 
     def shortfall(self, info: ModelInfo, budget: Budget, n: int) -> str | None:
         """What keeps a share of the FLOPs from being met on ``n`` tokens, None if nothing does."""
@@ -239,9 +239,10 @@ class ZeroTPrune(Policy):
 
     def _counts(self, context: Context, stage: int, n: Sequence[int]) -> Counts:
         """What the S-stage removes and the I-stage leaves of the ``n`` tokens of each item that may go."""
-        counts = []
-        for item, (now, there, entered) in enumerate(zip(n, free_lengths(context), free_entered(context), strict=True)):
-            planned = self.plan(context.info, context.item_budget(item), entered)
+        entered, counts = free_entered(context), []
+        plan = {number: self.plan(context.info, context.budget, number) for number in set(entered)}
+        for now, there, number in zip(n, free_lengths(context), entered, strict=True):
+            planned = plan[number]
             removed, kept = min(planned[stage][0], now // 2), planned[stage][1] - (there - now)
             if self._rated:  # a share of what is there, which need not be what the plan expects
                 kept = plans.at_rates(now, self.rates(len(planned))[stage : stage + 1], (removed,))[0][1]
