@@ -11,7 +11,7 @@ from typing import TypeVar
 from vlmprune.core.budget import Budget
 from vlmprune.core.errors import InputError
 from vlmprune.core.info import ModelInfo
-from vlmprune.policies._tower_schedule import spread, view_flops
+from vlmprune.policies._tower_schedule import spread_to, view_flops
 
 Number = TypeVar("Number", int, float)
 
@@ -132,10 +132,9 @@ def to_count(n: int, count: int, cuts: tuple[bool, ...], similar: tuple[int, ...
         >>> to_count(196, 65, (False, True, True, True, False), (10,) * 5)
         ((10, 186), (10, 140), (10, 103), (10, 75), (10, 65))
     """
-    if sum(similar) >= n - count:
-        similar, cuts = spread(n - count, len(similar)), (False,) * len(cuts)
-    if not any(cuts):
-        return at_rates(n, (1.0,) * len(cuts), similar)
+    whole = (1.0,) * len(cuts)
+    if at_rates(n, whole, similar)[-1][1] <= count:
+        return at_rates(n, whole, spread_to(count, len(cuts), n))
     last = max(stage for stage, cut in enumerate(cuts) if cut)
     target = count
     for wanted in reversed(similar[last + 1 :]):

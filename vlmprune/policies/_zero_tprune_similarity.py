@@ -41,8 +41,8 @@ def most_similar(
         metric: what resembles.
     """
     if partition == "none":
-        ranked = ranked[:, : max(n)]
-        scores, group_a = best_similarity(features, ranked, ranked, metric, other=True), ranked
+        group_a = ranked[:, : max(n)].flip(1)  # two that are nearest to each other tie: the less important one goes
+        scores = best_similarity(features, group_a, group_a, metric, other=True)
     else:
         group_a, group_b = (_at_ranks(ranked, ranks) for ranks in divide(context, n, partition))
         if metric == "cosine":
@@ -103,5 +103,6 @@ def best_similarity(features: Tensor, group_a: Tensor, group_b: Tensor, metric: 
         near = -torch.cdist(a, b, power, compute_mode="donot_use_mm_for_euclid_dist")
     near = near.masked_fill((group_b < 0)[:, None], -torch.inf)
     if other:
+        near = (near + near.mT) / 2  # rounding must not tell the two of a pair apart
         near = near.masked_fill(torch.eye(near.shape[1], dtype=torch.bool, device=near.device), -torch.inf)
     return near.max(2).values
