@@ -10,6 +10,7 @@ import torch
 
 from vlmprune.core.errors import InputError
 from vlmprune.core.records import ImageRecord, SiteRecord
+from vlmprune.core.report_summary import summarise
 from vlmprune.core.source_map import SourceMap
 
 __all__ = ["ImageRecord", "Report", "SiteRecord"]
@@ -165,28 +166,7 @@ class Report:
 
     def summary(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "model": self.model_class,
-            "policy": self.policy,
-            "visual_tokens": list(self.visual_tokens),
-            "kept_tokens": list(self.kept_tokens),
-            "mean_kept_layers": self.mean_kept_layers,
-            "layers_used": self.layers_used,
-            "tower_sites": [record.summary() for record in self.tower_sites],
-            "tower_attended": list(self.tower_attended),
-            "tower_passed": list(self.tower_passed),
-            "tower_flops": self.tower_flops,
-            "tower_flops_dense": self.tower_flops_dense,
-            "sites": [record.summary() for record in self.sites],
-            "lengths_per_layer": list(self.lengths_per_layer),
-            "decoder_flops": self.decoder_flops,
-            "decoder_flops_dense": self.decoder_flops_dense,
-            "kv_bytes": self.kv_bytes,
-            "kv_bytes_dense": self.kv_bytes_dense,
-            "kv_bytes_per_layer": None if self.kv_bytes_per_layer is None else list(self.kv_bytes_per_layer),
-            "geometry": self.geometry,
-            "warnings": self.warnings,
-        }
+        return summarise(self)
 
     def _check_sample(self, sample: int) -> None:
         if not 0 <= sample < self.n_samples:
