@@ -67,6 +67,20 @@ class Engine:
         return self.forward.report
 
     @property
+    def main(self) -> nn.Module:
+        """The module that bears the handle beside the model itself."""
+        return self.family.text_model
+
+    @property
+    def sample_ids(self) -> list[str] | None:
+        """Ids of the rows of the next forwards, for policies that draw; None seeds by content."""
+        return self.forward.sample_ids
+
+    @sample_ids.setter
+    def sample_ids(self, ids: list[str] | None) -> None:
+        self.forward.sample_ids = ids
+
+    @property
     def hook_ids(self) -> frozenset[int]:
         """Ids of our hooks in the modules' tables."""
         return self._hooks.ids
