@@ -192,4 +192,3 @@ def _take_result(artefact: Artefact, calibrator: Calibrator) -> None:
     found = calibrator.result()
     if found:
         artefact.best, artefact.value = dict(found["best"]), float(found["value"])
-
