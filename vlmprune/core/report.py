@@ -24,9 +24,6 @@ class Report:
         prompt_tokens: padded prompt length before any reduction.
         images: the batch's images, those of a sample in order.
         sites: selections in the order in which they happened.
-        tower_sites: selections inside the vision tower, block by block in the order in which they happened. Their
-            items are what attends together in the block (views, or windows of them), their tokens those of
-            ``vision_block``: prefix tokens first, then patches or units of patches.
         text_depth: decoder layers.
         lengths_per_layer: tokens per row that each decoder layer worked on, text and padding included.
         decoder_flops, decoder_flops_dense: FLOPs of the decoder layers over the prompt, pruned and unpruned, by
@@ -43,7 +40,6 @@ class Report:
     prompt_tokens: int = 0
     images: tuple[ImageRecord, ...] = ()
     sites: list[SiteRecord] = field(default_factory=list)
-    tower_sites: list[SiteRecord] = field(default_factory=list)
     text_depth: int = 0
     lengths_per_layer: tuple[int, ...] = ()
     decoder_flops: float | None = None
@@ -91,7 +87,7 @@ class Report:
     def layers_used(self) -> dict[str, list[int]]:
         """Decoder or tower layers at which each policy acted."""
         used: dict[str, list[int]] = {}
-        for record in [*self.tower_sites, *self.sites]:
+        for record in self.sites:
             if record.layer is not None:
                 used.setdefault(record.policy, []).append(record.layer)
         return used
@@ -147,7 +143,7 @@ class Report:
 
     def take_notes(self) -> None:
         """Add what the selections noted to the warnings, each text once."""
-        for record in [*self.tower_sites, *self.sites]:
+        for record in self.sites:
             self.warnings += [note for note in record.selection.notes if note not in self.warnings]
 
     def summary(self) -> dict[str, Any]:
@@ -160,7 +156,6 @@ class Report:
             "mean_kept_layers": self.mean_kept_layers,
             "layers_used": self.layers_used,
             "sites": [record.summary() for record in self.sites],
-            "tower_sites": [record.summary() for record in self.tower_sites],
             "lengths_per_layer": list(self.lengths_per_layer),
             "decoder_flops": self.decoder_flops,
             "decoder_flops_dense": self.decoder_flops_dense,
