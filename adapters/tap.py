@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,8 +22,10 @@ from vlmprune.core.errors import UnsupportedError
 TAP = "vlmprune_tap"
 FLASH_TAP = "vlmprune_flash_tap"
 """Towers that pack images branch on "flash" in the name: with it they make one call for all segments."""
-_ORIGINAL = "_vlmprune_original_config"
-_RECORDER = "_vlmprune_recorder"
+_TAP = "_vlmprune_tap"
+
+Attend = Callable[..., Any]
+"""An attention function: ``attend(module, query, key, value, attention_mask, scaling=..., **kwargs)``."""
 
 
 class Recorder(Protocol):
@@ -35,6 +39,22 @@ class Recorder(Protocol):
         ...
 
 
+@dataclass
+class Tap:
+    """What hangs on a tapped module.
+
+    Attributes:
+        original: the module's own config.
+        recorders: told before every product.
+        compute: stands between the module and the attention function: ``compute(attend, module, query, key, value,
+            attention_mask, scaling=..., **kwargs)`` calls ``attend``, changed as it likes; recorders see that call.
+    """
+
+    original: Any
+    recorders: list[Recorder] = field(default_factory=list)
+    compute: Callable[..., Any] | None = None
+
+
 def tap_attention(
     module: nn.Module,
     query: Tensor,
@@ -45,15 +65,32 @@ def tap_attention(
     **kwargs: Any,
 ) -> Any:
     """The attention function of tapped modules: record, then attend as the original config says."""
-    config = module.config
-    if kwargs.get("cu_seq_lens_q") is not None and not is_flash(getattr(config, _ORIGINAL)):
+    tap: Tap = getattr(module.config, _TAP)
+    if kwargs.get("cu_seq_lens_q") is not None and not is_flash(tap.original):
         raise UnsupportedError(
             "The attention implementation was changed from flash attention while a policy was applied; remove the "
             "policy, change it, and apply again."
         )
+    if tap.compute is None:
+        return _attend(tap, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    attend = partial(_attend, tap)
+    return tap.compute(attend, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def _attend(
+    tap: Tap,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Any:
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    getattr(config, _RECORDER).record(module, query, key, attention_mask, scale, kwargs)
-    attend = original_attention(module, getattr(config, _ORIGINAL))
+    for recorder in tap.recorders:
+        recorder.record(module, query, key, attention_mask, scale, kwargs)
+    attend = original_attention(module, tap.original)
     return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -65,6 +102,11 @@ def original_attention(module: nn.Module, config: Any) -> Any:
     if name in (None, "eager"):
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def original_config(module: nn.Module) -> Any:
+    """The own config of a tapped module."""
+    return getattr(module.config, _TAP).original
 
 
 def is_flash(config: Any) -> bool:
@@ -82,16 +124,37 @@ def register_tap() -> None:
 
 
 def install(module: nn.Module, recorder: Recorder, hooks: HookStack) -> None:
-    """Tap one attention module until ``hooks`` is removed."""
+    """Let a recorder see what one attention module multiplies, until ``hooks`` is removed."""
+    tapped(module, hooks).recorders.append(recorder)
+
+
+def install_compute(module: nn.Module, compute: Callable[..., Any], hooks: HookStack) -> None:
+    """Put ``compute`` (a bound method or a partial of one) between a module and its attention function.
+
+    Raises:
+        UnsupportedError: something else stands there already.
+    """
+    tap = tapped(module, hooks)
+    if tap.compute is not None:
+        raise UnsupportedError("Two policies want to change the attention of one layer; apply them one at a time.")
+    tap.compute = compute
+
+
+def tapped(module: nn.Module, hooks: HookStack) -> Tap:
+    """The tap of an attention module, put there if it has none yet."""
     register_tap()
     original = module.config
+    if _TAP in original.__dict__:
+        return original.__dict__[_TAP]
     config = copy.copy(original)
     config.__dict__["_attn_implementation_internal"] = FLASH_TAP if is_flash(original) else TAP
-    config.__dict__[_ORIGINAL] = original
-    config.__dict__[_RECORDER] = recorder
+    tap = config.__dict__[_TAP] = Tap(original)
     module.config = config
     hooks.on_remove(partial(_restore, module))
+    return tap
 
 
 def _restore(module: nn.Module) -> None:
-    module.config = module.config.__dict__.get(_ORIGINAL, module.config)
+    tap = module.config.__dict__.get(_TAP)
+    if tap is not None:
+        module.config = tap.original
