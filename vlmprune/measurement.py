@@ -187,18 +187,17 @@ def _check(model: nn.Module, measurement: Measurement, batches: Iterable[Batch])
     return total if total.samples else None
 
 
-def _records(handle: Handle, model: nn.Module, batch: Batch) -> list[SiteRecord]:
+def _records(handle: Handle, model: nn.Module, batch: Batch) -> tuple[SiteRecord, ...]:
     """What happened in the tower on one batch.
 
     Raises:
         UnsupportedError: the model's adapter keeps no records of it.
     """
-    before = handle.last
+    before = handle.tower_sites
     run_tower(model, batch)
-    report = handle.last
-    if report is None or report is before or not report.tower_sites:
+    if not handle.tower_sites or handle.tower_sites is before:
         raise UnsupportedError(f"{handle.info.model_class} gives no record of what happens in its tower.")
-    return report.tower_sites
+    return handle.tower_sites
 
 
 def _count(found: Measured, batch: Batch) -> None:

@@ -57,7 +57,7 @@ class DyMU(Policy):
             the batch loses them together, its most similar pairs first, which is how thresholds are found.
         max_r_ratio: at most ``int(max_r_ratio * r_l)`` merges per picture and block, where pictures differ; needs
             ``keep``. None: no limit.
-        unmerge: virtual unmerging (VTU). False: merged tokens are a shorter sequence, with ``positions``.
+        unmerge: virtual unmerging (VTU), unless ``positions`` is given. False: merged tokens are a shorter sequence.
         compat: ``"official"``: the order of the official code, where a single picture without CLS is ordered by
             similarity and larger batches by position, its limit (pictures in a batch may merge all tokens at
             even positions), and its schedule, which also counts blocks behind the one that feeds the projector.
@@ -102,8 +102,6 @@ class DyMU(Policy):
             raise InputError(f"compat={self.compat!r} is unknown; give 'official' or None.")
         if self.budget.parts is not None:
             raise BudgetError(f"dymu takes one budget for all views, not {self.budget}.")
-        if self.unmerge and self.positions != "auto":
-            raise InputError(f"unmerge=True takes no positions={self.positions!r}; give unmerge=False beside them.")
         if self.max_r_ratio is not None and (not self.max_r_ratio > 0 or self.budget.is_all):
             raise InputError(f"max_r_ratio={self.max_r_ratio} needs a number above 0 and a keep below 1.0.")
         if self.mode != "dynamic" and (self.thresholds is not None or self.artefact is not None):
@@ -124,8 +122,9 @@ class DyMU(Policy):
         )
 
     def resolve_positions(self, info: ModelInfo, source: Positions | None = None) -> Positions:
-        """``virtual`` in front of a decoder, unless ``unmerge=False``."""
-        return "virtual" if self.unmerge and info.text_depth else super().resolve_positions(info, source)
+        """``virtual`` in front of a decoder, unless ``unmerge`` or ``positions`` say otherwise."""
+        virtual = self.unmerge and self.positions == "auto" and info.text_depth
+        return "virtual" if virtual else super().resolve_positions(info, source)
 
     def blocks(self, info: ModelInfo) -> tuple[int, ...]:
         """The blocks that merge; none behind the one that feeds the projector."""
