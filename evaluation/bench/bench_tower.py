@@ -115,11 +115,8 @@ def measure(name: str, policies: Sequence[str], keep: float, images: int, repeat
                 times[False].append(_time(base, encoder))
         record = report.sites[0]
         info = handle.info
-    dense = tower_flops(
-        info,
-        [report.tower_attended[0]] * len(report.tower_attended),
-        report.tower_attended[:1] * len(report.tower_passed),
-    )
+    entered = [report.tower_attended[0]] * len(report.tower_attended)
+    dense = tower_flops(info, entered, entered)
     reduced = tower_flops(info, report.tower_attended, report.tower_passed)
     median, low, high = quantiles(times[True])
     dense_ms = quantiles(times[False])[0]
