@@ -21,7 +21,7 @@ from vlmprune.adapters.sites import needs_pixels, plan
 from vlmprune.adapters.vision_family import PIXELS, VisionFamily
 from vlmprune.core.errors import ActiveError
 from vlmprune.core.policy import Policy
-from vlmprune.core.report import Report
+from vlmprune.core.report import Report, SiteRecord
 from vlmprune.core.sites import Site
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -79,6 +79,11 @@ class Engine:
     @sample_ids.setter
     def sample_ids(self, ids: list[str] | None) -> None:
         self.forward.sample_ids = ids
+
+    @property
+    def tower_sites(self) -> tuple[SiteRecord, ...]:
+        """The selections inside the tower of the last pictures that were encoded."""
+        return () if self.encoder is None else self.encoder.tower_sites
 
     @property
     def hook_ids(self) -> frozenset[int]:

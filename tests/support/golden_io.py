@@ -71,7 +71,7 @@ PENDING_KINDS: frozenset[tuple[str, str]] = frozenset(
     {
         ("kernels", "dpp"),
         ("tome", "vit"),
-        *(("dymu", kind) for kind in ("calib", "rs", "vtu")),
+        ("dymu", "vtu"),
     }
 )
 
