@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.adapters import masks
-from vlmprune.adapters.cache import LayerTokens
+from vlmprune.adapters import masks, virtual
 from vlmprune.adapters.call import Prefill
 from vlmprune.adapters.newlines import NewlineTokens
 from vlmprune.adapters.sites import Step, run_step, site_signals
 from vlmprune.adapters.source import SignalSource
+from vlmprune.adapters.tokens import LayerTokens, pack
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.selection import Selection
 from vlmprune.core.sites import Site
-from vlmprune.kernels.gather import gather_tokens, pack_indices
+from vlmprune.kernels.gather import gather_tokens
 
 
 def reduce_images(
@@ -71,8 +71,9 @@ def reduce_images(
         new_valid = anchors >= 0
         if step.request.positions == "compact":
             gone = scatter_true(call.removed.shape, rows, place, valid)
-            call.removed |= gone & ~scatter_true(call.removed.shape, rows, new_place, new_valid)
-            call.renumbered = True
+            call.close_up(gone & ~scatter_true(call.removed.shape, rows, new_place, new_valid))
+        elif step.request.positions == "virtual" and selection.group_id is not None:
+            virtual.merge(call, selection, rows, place, valid)
         place, valid, lengths = new_place, new_valid, selection.out_counts()
         history.append(selection)
         newlines = None if newlines is None else newlines.after(selection)
@@ -122,11 +123,7 @@ def packed_tokens(call: Prefill, keep: Tensor) -> LayerTokens:
     """Tokens ``keep [B, L]`` moved together, fillers on the left."""
     width = call.width()
     full = all(text + visual == width for text, visual in zip(call.text, call.visual, strict=True))
-    index, valid = pack_indices(keep, side="left", width=width)
-    if not full:
-        first = torch.where(valid, index, keep.shape[1]).amin(1, keepdim=True)
-        index = torch.where(valid, index, first)
-    return LayerTokens(index, valid, full, call.shift() if call.renumbered else None)
+    return pack(keep, width, full, call.shift() if call.renumbered else None)
 
 
 def shorten(
@@ -134,7 +131,7 @@ def shorten(
 ) -> dict[str, Any]:
     """Keyword arguments of the text model for the shorter prompt; sets the call's tokens."""
     tokens = packed_tokens(call, keep)
-    call.base = call.tokens = tokens
+    call.tokens = tokens
     mask = kwargs.get("attention_mask")
     shorter = masks.gather_masks(mask, tokens.index, tokens.valid, tokens.full, form, embeds.dtype)
     if shorter is None and kwargs.get("past_key_values") is None:
@@ -149,3 +146,11 @@ def shorten(
     if kwargs.get("cache_position") is not None:
         changed["cache_position"] = torch.arange(tokens.length, device=embeds.device)
     return changed
+
+
+def stay_long(kwargs: Mapping[str, Any], call: Prefill, embeds: Tensor, keep: Tensor) -> dict[str, Any]:
+    """Keyword arguments of the text model for merged tokens that stand at several places: the prompt at full length,
+    of which the first layer takes the tokens to ``keep``; sets the call's tokens."""
+    call.tokens = packed_tokens(call, keep)
+    virtual.spread(call)
+    return {**kwargs, "inputs_embeds": embeds, "input_ids": None}
