@@ -104,7 +104,7 @@ def cut(step: Step, call: Prefill, hidden: Tensor, info: ModelInfo, norm: nn.Mod
     if not any(call.visual):
         return hidden
     context, rows, places = build_context(step, call, hidden, info, norm, seeds)
-    selection = run_step(step, context, call.report)
+    selection = run_step(step, context, call.report.sites)
     hidden, local = apply_cut(step, call, selection, hidden, rows, places, context)
     if local is not None:
         if not call.is_virtual:
@@ -221,7 +221,7 @@ def evict(step: Step, call: Prefill, info: ModelInfo, seeds: Seeds) -> None:
     call.visual = visual.sum(1).tolist()
     if any(call.visual):
         context, rows, places = build_context(step, call, None, info, None, seeds)
-        selection = run_step(step, context, call.report)
+        selection = run_step(step, context, call.report.sites)
         if selection.out_counts() != context.lengths:
             keys = call.cache.layers[layer].keys
             _, local = apply_cut(step, call, selection, keys[:, 0], rows, places, context)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from vlmprune.adapters import tap
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.layout import Kind
+from vlmprune.adapters.tower_lineage import TowerOutcome
+from vlmprune.adapters.tower_reduction import TowerReducer
 from vlmprune.adapters.towers import AttentionCall, TowerRun
 from vlmprune.adapters.vision_family import PIXELS, VisionFamily
 from vlmprune.core import signals as s
 from vlmprune.core.errors import ActiveError, SignalError
-from vlmprune.core.randomness import tensor_digest
+from vlmprune.core.randomness import item_seed, tensor_digest
 
 ENCODERS: dict[Kind, str] = {"image": "get_image_features", "video": "get_video_features"}
 ATTENTION_SIGNALS = (s.ColumnMass, s.ClsRow, s.ClsLogits, s.Keys, s.QK, s.Attention)
@@ -38,6 +41,7 @@ class Encoding:
         values: per signal ``[V, P, ...]``.
         digests: per view, where a policy draws.
         features: the tokens of the LLM that the encoder returned, a tensor or nested lists of them.
+        tower: what was reduced inside the tower, None where nothing was.
     """
 
     kind: Kind
@@ -47,6 +51,7 @@ class Encoding:
     values: dict[s.Signal, Any] = field(default_factory=dict)
     digests: list[str] = field(default_factory=list)
     features: Any = None
+    tower: TowerOutcome | None = None
 
     @property
     def n_views(self) -> int:
@@ -84,6 +89,7 @@ class EncodingRecorder:
         wanted: signals; those of the text stack are left out.
         digests: note what is encoded, for seeds.
         scale: what the processor does to pixels, None where no processor is known.
+        reducer: reduces tokens inside the tower, None where no policy acts there.
     """
 
     def __init__(
@@ -92,9 +98,11 @@ class EncodingRecorder:
         wanted: Iterable[s.Signal],
         digests: bool,
         scale: PixelScale | None = None,
+        reducer: TowerReducer | None = None,
     ) -> None:
         self._wanted = frozenset(signal for signal in wanted if signal.stack_name == "vision")
         self._digests, self._scale = digests, scale
+        self._reducer = reducer
         self._family = family
         self._last: dict[Kind, Encoding] = {}
         self._current: Encoding | None = None
@@ -111,7 +119,10 @@ class EncodingRecorder:
                 hooks.wrap_method(base, name, partial(self._encode, kind, getattr(base, name)))
         tower, projector = self._family.tower_module, self._family.projector
         hooks.before(tower, self._begin)
-        hooks.after(tower, self._end)
+        if self._reducer is not None:
+            self._reducer.install(hooks)
+            self._family.restore_length(self._restore, hooks)
+        hooks.after(tower, self._end, prepend=True)
         blocks = self._family.vision_blocks()
         for block in sorted({signal.layer for signal in self._wanted if isinstance(signal, ATTENTION_SIGNALS)}):
             tap.install(self._family.vision_attention(block), BlockRecorder(self, block), hooks)
@@ -122,6 +133,11 @@ class EncodingRecorder:
                 hooks.before(blocks[signal.layer], partial(self._hidden_in, signal))
             elif isinstance(signal, s.Hidden):
                 hooks.after(blocks[signal.layer], partial(self._hidden_out, signal))
+
+    @property
+    def reduces(self) -> bool:
+        """A policy acts inside the tower."""
+        return self._reducer is not None
 
     def forget(self) -> None:
         """Drop what was recorded."""
@@ -160,6 +176,9 @@ class EncodingRecorder:
     def record(self, block: int, call: AttentionCall) -> None:
         """Keep one block's queries and keys until the tower is done."""
         if self._current is not None:
+            tokens = None if self._reducer is None else self._reducer.tokens
+            if tokens is not None and tokens.changed:
+                call = replace(call, tokens=copy.copy(tokens))
             self._calls[block].append(call)
 
     def _encode(self, kind: Kind, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -181,6 +200,8 @@ class EncodingRecorder:
         finally:
             self._current = None
             self._calls.clear()
+            if self._reducer is not None:
+                self._reducer.end()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._current is None:
@@ -192,7 +213,20 @@ class EncodingRecorder:
             if isinstance(signal, s.Pixels):
                 assert self._scale is not None
                 self._current.values[signal] = run.masked(self._scale.undo(run.pixels()))
+        if self._reducer is not None:
+            self._reducer.begin(run.tokens(), self._seeds())
         run.drop_input()
+
+    def _seeds(self) -> tuple[int, ...] | None:
+        """A seed per view from its content, where a policy draws; a policy's own seed is mixed in later."""
+        assert self._current is not None
+        digests = self._current.digests
+        return tuple(item_seed(0, digest, 0) for digest in digests) if digests else None
+
+    def _restore(self, states: Tensor) -> Tensor:
+        """States of all patches behind those of the tokens that the tower left."""
+        tokens = None if self._reducer is None else self._reducer.tokens
+        return states if tokens is None or not tokens.changed else tokens.restore(states)
 
     @torch.no_grad()
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -203,13 +237,17 @@ class EncodingRecorder:
             if isinstance(signal, ATTENTION_SIGNALS):
                 current.values[signal] = current.run.attention(signal, self._calls[signal.layer])
         self._calls.clear()
+        reducer = self._reducer
+        if reducer is not None and reducer.tokens is not None:
+            current.tower = reducer.outcome()
 
     def _before_projector(
         self, signal: s.PreProjector, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         if self._current is not None:
             states = args[0] if args else next(iter(kwargs.values()))
-            self._current.values[signal] = self._family.projector_patches(self._current.run, states.detach())
+            states = self._family.projector_patches(self._current.run, states.detach())
+            self._current.values[signal] = self._restore(states) if self._family.exit_at == "projector" else states
 
     def _hidden_in(self, signal: s.Hidden, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._hidden(signal, args[0] if args else kwargs["hidden_states"])
@@ -221,7 +259,7 @@ class EncodingRecorder:
 
     def _hidden(self, signal: s.Hidden, states: Tensor) -> None:
         if self._current is not None and self._current.run is not None:
-            self._current.values[signal] = self._current.run.patches(states.detach())
+            self._current.values[signal] = self._restore(self._current.run.patches(states.detach()))
 
 
 def _detached(features: Any) -> Any:

@@ -44,12 +44,14 @@ class Engine:
         self.steps = plan(policy, self.info)
         self.enabled = True
         self.last_error: BaseException | None = None
-        self._wanted = {signal for step in self.steps for signal in step.request.signals}
+        outside = [step for step in self.steps if step.request.site != Site.VISION_BLOCK]
+        self._wanted = {signal for step in outside for signal in step.request.signals}
         draws = any(step.policy.is_random(self.info) for step in self.steps)
         self.encoder: EncodingRecorder | None = None
         if isinstance(family, VisionFamily):
             scale = pixel_scale(processor) if needs_pixels(self.steps) else None
-            self.encoder = EncodingRecorder(family, self._wanted, digests=draws, scale=scale)
+            reducer = family.reducer(self.steps)
+            self.encoder = EncodingRecorder(family, self._wanted, digests=draws, scale=scale, reducer=reducer)
         self.forward = TextForward(family, self.info, policy, self.steps, self.encoder, restore_length)
         self._hooks = HookStack()
         self._active = any(step.request.site != Site.IMAGE for step in self.steps)
@@ -106,8 +108,8 @@ class Engine:
         self._install_layers()
 
     def _install_layers(self) -> None:
-        """Hook the layers whose tokens may differ from the text model's: from the first cut on, all if caches are evicted
-        or tokens unmerged."""
+        """Hook the layers whose tokens may differ from the text model's: from the first cut on, all if caches are
+        evicted or tokens unmerged."""
         sites = [step.request for step in self.steps]
         cuts = [request.layer or 0 for request in sites if request.site == Site.DECODER_LAYER]
         if any(request.site == Site.KV_CACHE for request in sites):

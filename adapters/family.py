@@ -102,6 +102,15 @@ def text_info(config: Any) -> dict[str, Any]:
     }
 
 
+def tower_info(config: Any) -> dict[str, Any]:
+    """Sizes of a tower's blocks for :class:`ModelInfo` from a vision config."""
+    return {
+        "vision_hidden": config.hidden_size,
+        "vision_heads": config.num_attention_heads,
+        "vision_ffn": config.intermediate_size,
+    }
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside ``torch.compile``, DDP and PEFT wrappers.
 

@@ -85,7 +85,7 @@ class TextForward:
         if any(step.policy.is_random(self._info) for step in self._steps):
             call.contents = source.contents()
         steps = tuple(step for step in self._steps if step.request.site == Site.POST_ENCODER)
-        if steps:
+        if steps or (self._encoder is not None and self._encoder.reduces):
             reduced = prompt.reduce_images(steps, call, embeds, self._info, source)
             if reduced is not None:
                 if call.is_virtual:

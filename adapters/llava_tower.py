@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune.adapters.family import text_info
+from vlmprune.adapters.family import text_info, tower_info
 from vlmprune.adapters.text import TEXT_SIGNALS
 from vlmprune.adapters.towers import BatchedTower, Tower
 from vlmprune.adapters.vision_family import CLS_SIGNALS, TOWER_SIGNALS, VisionFamily
@@ -44,11 +44,13 @@ class LlavaTowerFamily(VisionFamily):
         return ModelInfo(
             family=self.name,
             model_class=type(self.model).__name__,
-            sites=frozenset({Site.IMAGE, Site.POST_ENCODER, Site.DECODER_LAYER, Site.KV_CACHE}),
+            sites=frozenset({Site.IMAGE, Site.VISION_BLOCK, Site.POST_ENCODER, Site.DECODER_LAYER, Site.KV_CACHE}),
             signals=TEXT_SIGNALS | TOWER_SIGNALS | {s.Projector} | (CLS_SIGNALS if self.has_cls else frozenset()),
             vision_depth=config.vision_config.num_hidden_layers,
             feature_block=feature_block(config),
             has_cls=self.has_cls,
+            prefix_tokens=int(self.has_cls),
+            **tower_info(config.vision_config),
             video="video" in self.kinds,
             **self.fixed_sizes(),
             **text_info(config.text_config),

@@ -15,79 +15,148 @@ from vlmprune.adapters.newlines import NewlineTokens
 from vlmprune.adapters.sites import Step, run_step, site_signals
 from vlmprune.adapters.source import SignalSource
 from vlmprune.adapters.tokens import LayerTokens, pack
+from vlmprune.adapters.tower_lineage import lineage, summed
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
+from vlmprune.core.records import SiteRecord
 from vlmprune.core.selection import Selection
-from vlmprune.core.sites import Site
+from vlmprune.core.sites import Positions, Site
 from vlmprune.kernels.gather import gather_tokens
 
 
 def reduce_images(
     steps: tuple[Step, ...], call: Prefill, embeds: Tensor, info: ModelInfo, source: SignalSource
 ) -> tuple[Tensor, Tensor] | None:
-    """Run the post-encoder steps.
+    """Take over what was reduced inside the tower, and run the post-encoder steps.
 
     Returns:
         Embeddings with new features written in ``[B, L, D]`` and the tokens that stay ``[B, L]`` bool, or None where
         every token stays as it is.
     """
-    layout = call.layout
-    rows = torch.tensor(layout.samples, device=embeds.device)
-    place, valid = layout.positions(embeds.device), layout.valid(embeds.device)
-    lengths, views = layout.lengths, tuple(image.views for image in layout.images)
-    features = embeds[rows[:, None], place]
-    newlines = NewlineTokens.of(layout.images, embeds.device)
-    history: list[Selection] = []
+    tokens = _ImageTokens(call, embeds)
+    _take_tower(tokens, call, source)
     for step in steps:
-        carried = call.carry_in(rows, place)
-        pinned = newlines.mask if newlines is not None and step.policy.newlines == "rows" else None
-        context = Context(
-            site=Site.POST_ENCODER,
-            info=info,
-            budget=step.policy.budget,
-            lengths=lengths,
-            valid=valid,
-            features=features,
-            signals=site_signals(
-                step, features, partial(source.image_signal, features=features), partial(_again, history)
-            ),
-            views=views,
-            newlines=tuple(image.shape.newlines for image in layout.images) if not history else (),
-            pinned=pinned,
-            sample=layout.samples,
-            carry=carried,
-            sizes=carried.get("sizes"),
-            seeds=call.image_seeds(getattr(step.policy, "seed", 0)) if step.policy.is_random(info) else None,
-            encoder_items=source.encoder_items,
-            patch_valid=source.patch_valid(),
-            to_tokens=partial(_to_tokens, source, history),
-        )
-        keep_newlines = newlines.keep_rows if newlines is not None and pinned is not None else None
-        selection = run_step(step, context, call.report, keep_newlines)
-        call.carry_out(selection, rows, place, carried)
-        features = selection.apply(features, features=True)
+        _run(step, tokens, call, info, source)
+    return tokens.finish(embeds)
+
+
+class _ImageTokens:
+    """The visual tokens of the images while they are reduced.
+
+    Attributes:
+        rows: ``[I]`` row of each image. place, valid: ``[I, N]`` where the tokens stand, and which are no padding.
+        lengths, views: tokens per image, and their grids. features: ``[I, N, D]``.
+        newlines: those among them, None for none.
+        history: the selections so far.
+        written: features changed, so that they must be written back.
+    """
+
+    def __init__(self, call: Prefill, embeds: Tensor) -> None:
+        layout = call.layout
+        self._call = call
+        self.rows = torch.tensor(layout.samples, device=embeds.device)
+        self.place, self.valid = layout.positions(embeds.device), layout.valid(embeds.device)
+        self.lengths: tuple[int, ...] = layout.lengths
+        self.views = tuple(image.views for image in layout.images)
+        self.features = embeds[self.rows[:, None], self.place]
+        self.newlines = NewlineTokens.of(layout.images, embeds.device)
+        self.history: list[Selection] = []
+        self.written = False
+
+    def carried(self) -> dict[str, Tensor]:
+        """Carried values of the tokens."""
+        return self._call.carry_in(self.rows, self.place)
+
+    def take(self, selection: Selection, positions: Positions, carried: dict[str, Tensor], equal: bool = False) -> None:
+        """Follow a selection; ``equal``: the members of a group have one and the same feature already."""
+        call = self._call
+        call.carry_out(selection, self.rows, self.place, carried)
         anchors = selection.anchors()
-        new_place = place.gather(1, anchors.clamp_min(0))
-        new_valid = anchors >= 0
-        if step.request.positions == "compact":
-            gone = scatter_true(call.removed.shape, rows, place, valid)
-            call.close_up(gone & ~scatter_true(call.removed.shape, rows, new_place, new_valid))
-        elif step.request.positions == "virtual" and selection.group_id is not None:
-            virtual.merge(call, selection, rows, place, valid)
-        place, valid, lengths = new_place, new_valid, selection.out_counts()
-        history.append(selection)
-        newlines = None if newlines is None else newlines.after(selection)
-        views = ((),) * len(lengths) if newlines is None else newlines.cells(lengths)
-    call.entered = lengths
-    if lengths == layout.lengths and all(selection.is_pruning for selection in history):
-        return None
-    call.visual = [0] * layout.rows
-    for row, count in zip(layout.samples, lengths, strict=True):
-        call.visual[row] += count
-    if not all(selection.is_pruning for selection in history):
-        embeds = write_tokens(embeds, rows, place, valid, features)
-    text = call.real & (call.image_id < 0)
-    return embeds, text | scatter_true(text.shape, rows, place, valid)
+        if equal:
+            self.features = gather_tokens(self.features, anchors)
+        else:
+            self.features = selection.apply(self.features, features=True)
+            self.written |= not selection.is_pruning
+        place, valid = self.place.gather(1, anchors.clamp_min(0)), anchors >= 0
+        if positions == "compact":
+            gone = scatter_true(call.removed.shape, self.rows, self.place, self.valid)
+            call.close_up(gone & ~scatter_true(call.removed.shape, self.rows, place, valid))
+        elif positions == "virtual" and selection.group_id is not None:
+            virtual.merge(call, selection, self.rows, self.place, self.valid)
+        self.place, self.valid, self.lengths = place, valid, selection.out_counts()
+        self.history.append(selection)
+        self.newlines = None if self.newlines is None else self.newlines.after(selection)
+        self.views = ((),) * len(self.lengths) if self.newlines is None else self.newlines.cells(self.lengths)
+
+    def finish(self, embeds: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Write the outcome into the call; what :func:`reduce_images` returns."""
+        call = self._call
+        call.entered = self.lengths
+        if self.lengths == call.layout.lengths and not self.written and not call.is_virtual:
+            return None
+        call.visual = [0] * call.layout.rows
+        for row, count in zip(call.layout.samples, self.lengths, strict=True):
+            call.visual[row] += count
+        if self.written:
+            embeds = write_tokens(embeds, self.rows, self.place, self.valid, self.features)
+        text = call.real & (call.image_id < 0)
+        return embeds, text | scatter_true(text.shape, self.rows, self.place, self.valid)
+
+
+def _take_tower(tokens: _ImageTokens, call: Prefill, source: SignalSource) -> None:
+    """Start from the tokens that the tower left."""
+    tower = source.tower()
+    if tower is None:
+        return
+    call.report.take_tower(tower.records, tower.attended, tower.passed)
+    unmerged = tower.positions == "virtual"
+    newline = None if tokens.newlines is None else tokens.newlines.mask
+    selection = lineage(tower.groups, source.to_tokens, tokens.valid, newline, separate=unmerged)
+    if tokens.newlines is not None and not unmerged:
+        selection = tokens.newlines.keep_rows(selection)
+    call.report.sites.append(
+        SiteRecord(
+            policy=" + ".join(dict.fromkeys(record.policy for record in tower.records)),
+            site=Site.VISION_BLOCK,
+            layer=max(record.layer or 0 for record in tower.records),
+            positions=tower.positions,
+            samples=call.layout.samples,
+            lengths=tokens.lengths,
+            selection=selection,
+            elapsed=partial(summed, tower.records),
+        )
+    )
+    tokens.take(selection, tower.positions, tokens.carried(), equal=True)
+
+
+def _run(step: Step, tokens: _ImageTokens, call: Prefill, info: ModelInfo, source: SignalSource) -> None:
+    """Run one post-encoder step."""
+    newlines = tokens.newlines
+    carried = tokens.carried()
+    pinned = newlines.mask if newlines is not None and step.policy.newlines == "rows" else None
+    give = partial(source.image_signal, features=tokens.features)
+    context = Context(
+        site=Site.POST_ENCODER,
+        info=info,
+        budget=step.policy.budget,
+        lengths=tokens.lengths,
+        valid=tokens.valid,
+        features=tokens.features,
+        signals=site_signals(step, tokens.features, give, partial(_again, tokens.history)),
+        views=tokens.views,
+        newlines=tuple(image.shape.newlines for image in call.layout.images) if not tokens.history else (),
+        pinned=pinned,
+        sample=call.layout.samples,
+        carry=carried,
+        sizes=carried.get("sizes"),
+        seeds=call.image_seeds(getattr(step.policy, "seed", 0)) if step.policy.is_random(info) else None,
+        encoder_items=source.encoder_items,
+        patch_valid=source.patch_valid(),
+        to_tokens=partial(_to_tokens, source, tokens.history),
+    )
+    keep_newlines = newlines.keep_rows if newlines is not None and pinned is not None else None
+    selection = run_step(step, context, call.report.sites, keep_newlines)
+    tokens.take(selection, step.request.positions, carried)
 
 
 def _again(history: list[Selection], value: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from vlmprune.core.context import Context
 from vlmprune.core.errors import InputError, SignalError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
-from vlmprune.core.report import Report, SiteRecord
+from vlmprune.core.report import SiteRecord
 from vlmprune.core.selection import Selection
 from vlmprune.core.signals import Pixels, Signal
 from vlmprune.core.sites import Site, SiteRequest
@@ -89,15 +89,18 @@ def needs_pixels(steps: tuple[Step, ...]) -> bool:
 
 
 def run_step(
-    step: Step, context: Context, report: Report, finish: Callable[[Selection], Selection] | None = None
+    step: Step,
+    context: Context,
+    records: list[SiteRecord],
+    finish: Callable[[Selection], Selection] | None = None,
 ) -> Selection:
-    """Let a policy decide and write down what it did; ``finish`` changes the selection before that."""
+    """Let a policy decide and append what it did to ``records``; ``finish`` changes the selection before that."""
     start, stop = stopwatch(context.device)
     begun = start()
     selection = step.policy.select(context)
     if finish is not None:
         selection = finish(selection)
-    report.sites.append(
+    records.append(
         SiteRecord(
             policy=step.policy.name,
             site=context.site,

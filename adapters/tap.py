@@ -110,6 +110,11 @@ def original_attention(module: nn.Module, config: Any) -> Any:
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
+def original_config(module: nn.Module) -> Any:
+    """The own config of a tapped module."""
+    return getattr(module.config, _TAP).original
+
+
 def is_flash(config: Any) -> bool:
     """True if a config asks for flash attention of any kind."""
     return "flash" in (config._attn_implementation or "")

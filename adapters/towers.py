@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from vlmprune.adapters.tower_tokens import BatchedTokens, TowerTokens
 from vlmprune.core import signals as s
 from vlmprune.core.attention import AttentionMap
+from vlmprune.core.errors import SignalError
 from vlmprune.kernels.column_mass import attention_rows, column_mass
 
 
@@ -18,7 +20,8 @@ from vlmprune.kernels.column_mass import attention_rows, column_mass
 class AttentionCall:
     """One product of queries ``[B, H, T, d]`` and keys in a tower block.
 
-    ``lengths`` are the segments of a packed call (variable-length attention), None where there is but one.
+    ``lengths`` are the segments of a packed call (variable-length attention), None where there is but one; ``tokens``
+    the tower's tokens at that moment, None while all are there.
     """
 
     query: Tensor
@@ -26,13 +29,17 @@ class AttentionCall:
     mask: Tensor | None
     scale: float
     lengths: tuple[int, ...] | None = None
+    tokens: TowerTokens | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """Scale and mask as the kernels take them; flash attention has 2-D masks of keys."""
         if self.mask is not None and self.mask.ndim == 2:
             return {"scale": self.scale, "key_valid": self.mask.bool()}
-        return {"scale": self.scale, "mask": self.mask}
+        mask = self.mask
+        if mask is not None:  # one row for all queries
+            mask = mask.expand(-1, -1, self.query.shape[2], -1)
+        return {"scale": self.scale, "mask": mask}
 
 
 class TowerRun(ABC):
@@ -54,6 +61,10 @@ class TowerRun(ABC):
         """Values of patches ``[V, P, ...]`` with zeros at the padding of smaller views."""
         valid = self.patch_valid
         return values if valid is None else values * valid.view(*valid.shape, *[1] * (values.ndim - 2))
+
+    def tokens(self) -> TowerTokens:
+        """The tower's tokens at the start of the run, for policies that reduce them."""
+        raise NotImplementedError(f"{type(self).__name__} does not reduce tokens.")
 
     @abstractmethod
     def attention(self, signal: s.Signal, calls: list[AttentionCall]) -> Any:
@@ -87,10 +98,12 @@ class BatchedTower(Tower):
     Args:
         patch: patch side in pixels.
         has_cls: token 0 is a CLS token.
+        units: ``[n, u]`` patches that the projector joins to a token, None where each is one.
     """
 
     patch: int
     has_cls: bool
+    units: Tensor | None = None
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TowerRun:
         return BatchedRun(self, args[0] if args else kwargs["pixel_values"])
@@ -105,12 +118,19 @@ class BatchedRun(TowerRun):
         self.patches_per_view = (pixels.shape[-2] // tower.patch) * (pixels.shape[-1] // tower.patch)
         self._patch = tower.patch
         self._first = int(tower.has_cls)
+        self._units = tower.units
 
     def patches(self, states: Tensor) -> Tensor:
         return states[:, self._first :]
 
+    def tokens(self) -> TowerTokens:
+        units = None if self._units is None else self._units.to(self._pixels.device)
+        return BatchedTokens(self.n_views, self.patches_per_view, self._first, units)
+
     def attention(self, signal: s.Signal, calls: list[AttentionCall]) -> Any:
         [call] = calls
+        if call.tokens is not None:
+            return self._restored(signal, call)
         query, key, first = call.query, call.key, self._first
         if isinstance(signal, s.ColumnMass):
             return column_mass(query, key, reduce=signal.reduce, **call.options)[:, first:]
@@ -124,6 +144,14 @@ class BatchedRun(TowerRun):
         if isinstance(signal, s.QK):
             return query[:, :, first:], key[:, :, first:]
         return BatchedAttention(call, first)
+
+    def _restored(self, signal: s.Signal, call: AttentionCall) -> Any:
+        """A signal of tokens that were reduced already, as one of the patches behind them."""
+        assert call.tokens is not None
+        found = self.attention(signal, [replace(call, tokens=None)])
+        if isinstance(found, Tensor):
+            return call.tokens.restore(found)
+        raise SignalError(f"{signal} cannot be read behind a reduction inside the tower.")
 
     def pixels(self) -> Tensor:
         side = self._patch

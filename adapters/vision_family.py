@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,12 +13,20 @@ from torch import Tensor, nn
 
 from vlmprune.adapters import layout as layouts
 from vlmprune.adapters.family import Encoded, Family, find_module
+from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.layout import ImageShape, Kind
+from vlmprune.adapters.sites import Step
+from vlmprune.adapters.tap_port import TapPort
+from vlmprune.adapters.tower_reduction import AttentionPort, TowerReducer
 from vlmprune.adapters.towers import Tower, TowerRun
+from vlmprune.adapters.vision_blocks import BlockParts, block_parts
 from vlmprune.core import signals as s
 from vlmprune.core.errors import InputError
+from vlmprune.core.sites import Site
 
-TOWER_SIGNALS = frozenset({s.ColumnMass, s.Keys, s.QK, s.Attention, s.Hidden, s.PreProjector, s.Pixels})
+TOWER_SIGNALS = frozenset(
+    {s.KeyMean, s.HeadAttention, s.ColumnMass, s.Keys, s.QK, s.Attention, s.Hidden, s.PreProjector, s.Pixels}
+)
 CLS_SIGNALS = frozenset({s.ClsRow, s.ClsLogits})
 PIXELS: dict[Kind, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -70,6 +79,25 @@ class VisionFamily(Family):
     def vision_attention(self, block: int) -> nn.Module:
         """The attention module of a tower block."""
         return self.vision_blocks()[block].self_attn
+
+    exit_at: Literal["projector", "tower"] = "projector"
+    """Where features get the tower's full length back after a reduction inside it: behind the projector, or, where the
+    projector mixes neighbouring patches, behind the tower."""
+
+    def reducer(self, steps: Sequence[Step]) -> TowerReducer | None:
+        """What reduces tokens inside the tower, None where no step does."""
+        if not any(step.request.site == Site.VISION_BLOCK for step in steps):
+            return None
+        blocks = block_parts(self.vision_blocks())
+        return TowerReducer(steps, self.info(), blocks, [self.attention_port(parts) for parts in blocks])
+
+    def attention_port(self, parts: BlockParts) -> AttentionPort:
+        """How a tower block's attention is read and biased."""
+        return TapPort(parts.attention)
+
+    def restore_length(self, restore: Callable[[Tensor], Tensor], hooks: HookStack) -> None:
+        """Give features their full length back with ``restore``, at the family's exit."""
+        hooks.after(self.projector, partial(_restore_projected, restore), prepend=True)
 
     @abstractmethod
     def shapes(self, kwargs: Mapping[str, Any], masks: Mapping[Kind, np.ndarray], encoded: Encoded) -> Any:
@@ -163,6 +191,12 @@ class VisionFamily(Family):
         else:
             count = -(-int(mask.sum()) // shape.length)
         return [shape] * count
+
+
+def _restore_projected(
+    restore: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    return (restore(output[0]), *output[1:]) if isinstance(output, tuple) else restore(output)
 
 
 def pool_cells(values: Tensor, side: int, factor: int) -> Tensor:

@@ -34,7 +34,7 @@ def virtual_attention(
         cos, sin: ``[m, d]`` or ``[B, m, d]``, rotary tables of the places; halves are rotated against each other.
         queries: int64 ``[r]`` or ``[B, r]``, token of ``q`` at each of the last ``r`` places; None for ``mapping``. A
             step of decoding asks for the last place only.
-        mask: bool, broadcast to ``[B, H, r, m]``, True where a query may see a place; None for the places up to its own.
+        mask: bool, broadcast to ``[B, H, r, m]``, True where a query may see a place; None for all up to its own.
         scale: of the scores, default ``d ** -0.5``.
         backend: ``"reference"`` or ``"torch"``.
 

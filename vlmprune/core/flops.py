@@ -13,9 +13,9 @@ def decoder_flops(
     """FLOPs (2 per multiply-add) of the decoder layers over a prompt.
 
     Per layer with n tokens, width d, H heads and G key heads of size h, an MLP of width m with a gate, and attention
-    over a of them: ``2 n d h (2 H + 2 G) + 6 n d m + 4 a^2 H h``. Attention counts the full square of scores, as PyTorch's FLOP
-    counter does for fused attention (the causal half that is computed costs half as much). Norms, rotary embedding,
-    softmax, the embedding table and the LM head are left out.
+    over a of them: ``2 n d h (2 H + 2 G) + 6 n d m + 4 a^2 H h``. Attention counts the full square of scores, as
+    PyTorch's FLOP counter does for fused attention (the causal half that is computed costs half as much). Norms,
+    rotary embedding, softmax, the embedding table and the LM head are left out.
 
     Args:
         info: the model.

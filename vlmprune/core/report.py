@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from vlmprune.core.errors import InputError
 from vlmprune.core.records import ImageRecord, SiteRecord
+from vlmprune.core.report_summary import summarise
 from vlmprune.core.source_map import SourceMap
 
 __all__ = ["ImageRecord", "Report", "SiteRecord"]
@@ -24,6 +26,10 @@ class Report:
         prompt_tokens: padded prompt length before any reduction.
         images: the batch's images, those of a sample in order.
         sites: selections in the order in which they happened.
+        tower_sites: selections inside the vision tower, in order; items are its views (or windows of them), and what
+            they mean for the LLM's tokens is the first of ``sites``.
+        tower_attended, tower_passed: mean tokens per item in the attention and in the MLP of every tower block;
+            empty where nothing acts there.
         text_depth: decoder layers.
         lengths_per_layer: tokens per row that each decoder layer worked on, text and padding included.
         decoder_flops, decoder_flops_dense: FLOPs of the decoder layers over the prompt, pruned and unpruned, by
@@ -40,6 +46,9 @@ class Report:
     prompt_tokens: int = 0
     images: tuple[ImageRecord, ...] = ()
     sites: list[SiteRecord] = field(default_factory=list)
+    tower_sites: list[SiteRecord] = field(default_factory=list)
+    tower_attended: tuple[float, ...] = ()
+    tower_passed: tuple[float, ...] = ()
     text_depth: int = 0
     lengths_per_layer: tuple[int, ...] = ()
     decoder_flops: float | None = None
@@ -141,30 +150,19 @@ class Report:
                 return scores[start : start + length]
         return None
 
+    def take_tower(self, records: Sequence[SiteRecord], attended: Sequence[float], passed: Sequence[float]) -> None:
+        """Write down what happened inside the tower."""
+        self.tower_sites += records
+        self.tower_attended, self.tower_passed = tuple(attended), tuple(passed)
+
     def take_notes(self) -> None:
         """Add what the selections noted to the warnings, each text once."""
-        for record in self.sites:
+        for record in [*self.tower_sites, *self.sites]:
             self.warnings += [note for note in record.selection.notes if note not in self.warnings]
 
     def summary(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "model": self.model_class,
-            "policy": self.policy,
-            "visual_tokens": list(self.visual_tokens),
-            "kept_tokens": list(self.kept_tokens),
-            "mean_kept_layers": self.mean_kept_layers,
-            "layers_used": self.layers_used,
-            "sites": [record.summary() for record in self.sites],
-            "lengths_per_layer": list(self.lengths_per_layer),
-            "decoder_flops": self.decoder_flops,
-            "decoder_flops_dense": self.decoder_flops_dense,
-            "kv_bytes": self.kv_bytes,
-            "kv_bytes_dense": self.kv_bytes_dense,
-            "kv_bytes_per_layer": None if self.kv_bytes_per_layer is None else list(self.kv_bytes_per_layer),
-            "geometry": self.geometry,
-            "warnings": self.warnings,
-        }
+        return summarise(self)
 
     def _check_sample(self, sample: int) -> None:
         if not 0 <= sample < self.n_samples:

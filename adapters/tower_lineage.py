@@ -1,0 +1,90 @@
+"""What a reduction inside the tower means for the tokens of the LLM: which of them are one and the same now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vlmprune.adapters.tower_tokens import TowerTokens
+from vlmprune.core.records import SiteRecord
+from vlmprune.core.selection import Selection
+from vlmprune.core.sites import Positions
+
+BLEND = 1e-3
+"""Variance of group numbers above which a token is a blend of several groups."""
+
+
+@dataclass(frozen=True, eq=False)
+class TowerOutcome:
+    """What one run of a tower did to its tokens.
+
+    Attributes:
+        tokens: as they left the last block that matters.
+        records: the selections, items as in the tower.
+        attended, passed: mean tokens per item in every block's attention and MLP.
+        positions: how the LLM numbers what is left.
+    """
+
+    tokens: TowerTokens
+    records: tuple[SiteRecord, ...]
+    attended: tuple[float, ...]
+    passed: tuple[float, ...]
+    positions: Positions
+
+
+def lineage(
+    groups: Tensor, to_tokens: Callable[..., Tensor], valid: Tensor, newline: Tensor | None, separate: bool
+) -> Selection:
+    """The tokens of the LLM that are left, as a selection over those that the prompt has places for.
+
+    A token whose patches all belong to one group stands for that group; one that blends several (interpolated
+    or pooled tokens) stays on its own; one with a dropped patch goes.
+
+    Args:
+        groups: ``[V, P]`` token of the tower behind each patch, numbered per view, -1 for dropped ones.
+        to_tokens: takes values of patches ``[V, P, C]`` to values of tokens ``[I, N, C]``, newlines 0.
+        valid: ``[I, N]`` bool, not padding.
+        newline: ``[I, N]`` bool, separator tokens, None where there are none.
+        separate: newlines are kept as tokens of their own, not left out.
+    """
+    views, patches = groups.shape
+    number = groups + patches * torch.arange(views, device=groups.device)[:, None]
+    number = number.double() / max(1, views * patches)  # at most 1, so that the variance below is exact enough
+    gone = (groups < 0).double()
+    number, square, gone = to_tokens(torch.stack([number, number**2, gone], 2)).unbind(2)
+    scale = float(views * patches)
+    blended = (square - number**2) * scale**2 > BLEND
+    there = valid & (gone == 0) if newline is None else valid & (gone == 0) & ~newline
+    number = (number * scale).round().long()
+    token = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    alone = there & blended
+    if newline is not None and separate:
+        alone = alone | (valid & newline)
+        there = there | alone
+    number = torch.where(alone, int(scale) + token, number)
+    first = first_equal(torch.where(there, number, 2 * int(scale) + valid.shape[1] + token))
+    opens = there & (first == token)
+    rank = opens.long().cumsum(1) - 1
+    group = torch.where(there, rank.gather(1, first), -1)
+    counts = tuple(opens.sum(1).tolist())
+    merged = Selection.merge(group, max(counts, default=0), "mean", counts=counts)
+    return replace(merged, carry={"sizes": valid.to(torch.float32)})
+
+
+def first_equal(number: Tensor) -> Tensor:
+    """``[I, N]`` lowest place with the same number in the row."""
+    value, order = number.sort(dim=1, stable=True)
+    place = torch.arange(number.shape[1], device=number.device).expand_as(number)
+    starts = torch.ones_like(value, dtype=torch.bool)
+    starts[:, 1:] = value[:, 1:] != value[:, :-1]
+    start = torch.where(starts, place, 0).cummax(1).values
+    return torch.empty_like(number).scatter_(1, order, order.gather(1, start))
+
+
+def summed(records: Sequence[SiteRecord]) -> float | None:
+    """Milliseconds of all selections, None where one is not known."""
+    times = [record.milliseconds for record in records]
+    return None if None in times else sum(time for time in times if time is not None)

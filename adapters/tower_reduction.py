@@ -1,0 +1,213 @@
+"""Reducing tokens inside a vision tower (site ``vision_block``), between its blocks or in their middle.
+
+A block's residual stream cannot be reached from outside, but it can be cancelled. For a reduction between attention
+and MLP the second norm's pre-hook shortens the stream, the hook of the last thing that the block adds remembers the
+sum and returns a zero that broadcasts away in the block's own addition, and the block's hook returns the sum.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmprune.adapters.hooks import HookStack
+from vlmprune.adapters.sites import Step, run_step
+from vlmprune.adapters.tower_lineage import TowerOutcome
+from vlmprune.adapters.tower_tokens import BlockAttention, TowerTokens
+from vlmprune.adapters.vision_blocks import BlockParts
+from vlmprune.core import signals as s
+from vlmprune.core.context import Context
+from vlmprune.core.errors import SignalError
+from vlmprune.core.info import ModelInfo
+from vlmprune.core.report import SiteRecord
+from vlmprune.core.sites import Site
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class AttentionPort(ABC):
+    """How a block's attention is read and biased; one per block."""
+
+    @abstractmethod
+    def install(self, reducer: TowerReducer, block: int, hooks: HookStack) -> None:
+        """Hook the attention: it asks ``reducer.key_bias()`` what to add to the scores of keys, and hands
+        ``reducer.attended(block, ...)`` what it multiplied if ``reducer.wants(block)``."""
+
+
+class TowerReducer:
+    """Runs the ``vision_block`` steps of a policy in one tower, one run after the other.
+
+    Args:
+        steps: all steps of the policy.
+        info: the model.
+        parts: the tower's blocks.
+        ports: their attention.
+
+    Attributes:
+        tokens: those of the current run, None outside.
+        records: the selections of the last run; items are those of the tower.
+        attended_lengths, passed_lengths: of the last run, mean tokens per item in each block's attention and MLP.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], info: ModelInfo, parts: Sequence[BlockParts], ports: Sequence[AttentionPort]
+    ) -> None:
+        self._info = info
+        self._parts, self._ports = parts, ports
+        inside = [step for step in steps if step.request.site == Site.VISION_BLOCK]
+        self.steps = tuple(inside)
+        self._before: dict[int, list[Step]] = {}
+        self._middle: dict[int, list[Step]] = {}
+        for step in inside:
+            table = self._before if step.request.place == "before" else self._middle
+            table.setdefault(step.request.layer or 0, []).append(step)
+        self._wanted = {signal.layer for step in inside for signal in step.request.signals}  # type: ignore[attr-defined]
+        self._attention: dict[int, BlockAttention] = {}
+        self._pending: dict[int, Tensor] = {}
+        self._seeds: tuple[int, ...] | None = None
+        self.tokens: TowerTokens | None = None
+        self.records: list[SiteRecord] = []
+        self.attended_lengths: list[float] = []
+        self.passed_lengths: list[float] = []
+
+    def install(self, hooks: HookStack) -> None:
+        """Hook the blocks from the first one at which something happens."""
+        first = min([*self._before, *self._middle, *self._wanted], default=len(self._parts))
+        for block in range(first, len(self._parts)):
+            parts = self._parts[block]
+            hooks.before(parts.block, partial(self._enter, block), prepend=True)
+            self._ports[block].install(self, block, hooks)
+            if block in self._middle:
+                hooks.before(parts.norm2, partial(self._reduce_middle, block))
+                hooks.after(parts.tail, partial(self._catch, block))
+            hooks.after(parts.block, partial(self._leave, block), prepend=True)
+
+    def begin(self, tokens: TowerTokens, seeds: tuple[int, ...] | None = None) -> None:
+        """A run of the tower starts.
+
+        Args:
+            tokens: its tokens.
+            seeds: one per item, where a policy draws.
+        """
+        self.tokens = tokens
+        self._seeds = seeds
+        self.records = []
+        depth = len(self._parts)
+        self.attended_lengths, self.passed_lengths = [_mean(tokens.entered)] * depth, [_mean(tokens.entered)] * depth
+
+    def end(self) -> None:
+        """The run is over, or failed."""
+        self.tokens = None
+        self._seeds = None
+        self._attention.clear()
+        self._pending.clear()
+
+    def outcome(self) -> TowerOutcome:
+        """What the current run did."""
+        assert self.tokens is not None
+        return TowerOutcome(
+            tokens=self.tokens,
+            records=tuple(self.records),
+            attended=tuple(self.attended_lengths),
+            passed=tuple(self.passed_lengths),
+            positions=self.steps[0].request.positions,
+        )
+
+    def wants(self, block: int) -> bool:
+        """True if a step reads the attention of ``block``."""
+        return self.tokens is not None and block in self._wanted
+
+    def key_bias(self) -> Tensor | None:
+        """Float32 ``[V, T]`` to add to the scores of the tower's keys, None for nothing."""
+        return None if self.tokens is None else self.tokens.key_bias()
+
+    def attended(self, block: int, attention: BlockAttention) -> None:
+        """Take what a block's attention multiplied."""
+        self._attention[block] = attention
+
+    def _enter(self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tokens = self.tokens
+        if tokens is None:
+            return None
+        states = args[0] if args else kwargs["hidden_states"]
+        for step in self._before.get(block, ()):
+            states = self._reduce(step, states, tokens)
+        self._attention.clear()
+        if not tokens.changed:
+            return None
+        self.attended_lengths[block:] = [_mean(tokens.map.lengths)] * (len(self._parts) - block)
+        self.passed_lengths[block:] = self.attended_lengths[block:]
+        changed = tokens.block_arguments(kwargs)
+        return ((states, *args[1:]), changed) if args else (args, {**changed, "hidden_states": states})
+
+    def _reduce_middle(
+        self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        tokens = self.tokens
+        if tokens is None:
+            return None
+        states = args[0]
+        for step in self._middle[block]:
+            states = self._reduce(step, states, tokens)
+        self._pending[block] = states
+        self.passed_lengths[block:] = [_mean(tokens.map.lengths)] * (len(self._parts) - block)
+        return (states, *args[1:]), kwargs
+
+    def _catch(
+        self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        if block not in self._pending:
+            return None
+        self._pending[block] = self._pending[block] + self._parts[block].weighted(output)
+        return output.new_zeros([1] * output.ndim)
+
+    def _leave(self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if block not in self._pending:
+            return None
+        states = self._pending.pop(block)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    def _reduce(self, step: Step, states: Tensor, tokens: TowerTokens) -> Tensor:
+        selection = run_step(step, self._context(step, states, tokens), self.records)
+        if step.request.place == "middle":
+            tokens.size_bias = step.request.size_bias
+        return tokens.reduce(states, selection)
+
+    def _context(self, step: Step, states: Tensor, tokens: TowerTokens) -> Context:
+        return Context(
+            site=Site.VISION_BLOCK,
+            layer=step.request.layer,
+            info=self._info,
+            budget=step.policy.budget,
+            lengths=tokens.map.lengths,
+            valid=tokens.map.valid(states.device),
+            pinned=tokens.pinned,
+            signals=self._signals(step, tokens),
+            sample=tuple(range(len(tokens.entered))),
+            sizes=tokens.map.sizes,
+            seeds=self._seeds if step.policy.is_random(self._info) else None,
+            prefix=tokens.prefix,
+            entered=tokens.entered,
+        )
+
+    def _signals(self, step: Step, tokens: TowerTokens) -> Mapping[s.Signal, Any]:
+        found: dict[s.Signal, Any] = {}
+        for signal in step.request.signals:
+            attention = self._attention.get(signal.layer)  # type: ignore[attr-defined]
+            if attention is None:
+                raise SignalError(f"{signal} was not recorded: the block's attention did not run through its hook.")
+            if isinstance(signal, s.HeadAttention):
+                found[signal] = tokens.heads(attention)
+            elif isinstance(signal, s.KeyMean):
+                found[signal] = tokens.items(attention.key_mean())
+            else:
+                found[signal] = tokens.items(attention.keys())
+        return found
+
+
+def _mean(lengths: Sequence[int]) -> float:
+    return sum(lengths) / max(1, len(lengths))
