@@ -75,6 +75,8 @@ def test_signals_of_different_kinds_differ() -> None:
         (signals.PreProjector(), "vision"),
         (signals.Pixels(), "vision"),
         (Keys("text", 1), "text"),
+        (signals.KeyMean(1), "vision"),
+        (signals.HeadAttention(1), "vision"),
         (signals.GroupMass(1), "text"),
         (signals.DecodeRows(1), "text"),
         (AttentionRows("text", 1), "text"),

@@ -35,6 +35,11 @@ MATRIX: dict[str, tuple[dict[str, Any], ...]] = {
         {"keep": 0.5, "tau": 2.0, "check_layers": 0.5, "variant": "k_center", "pivot": "center"},
         {"keep": 1.0, "tau": 2.0, "check_layers": (0, 2)},
     ),
+    "tome": (
+        {"keep": 0.4},
+        {"r": 1, "inflect": -1.0},
+        {"r": (2, 1), "order": "original", "prop_attn": False, "matching": "random"},
+    ),
     "transprune": (
         {"keep": 0.25},
         {"keep": 4, "alpha": 0.3, "direction": "abs", "positions": "keep"},
