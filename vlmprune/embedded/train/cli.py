@@ -108,7 +108,8 @@ def export_vit_run(out: Path, target: Path, seed: int) -> None:
     model = start_vit()
     state = load_checkpoint(out / "vit.pt")
     if state is not None:
-        FlatParameters([model], 0.0).values.copy_(state["average"])
+        flat = FlatParameters([model], 0.0)
+        flat.values.copy_(state["average"][: len(flat.values)])  # behind them stands the head of the patch labels
     export_vit(model, target)
     write_facts(out, target, seed, sum(p.numel() for p in model.parameters()), VIT)
 
