@@ -95,6 +95,7 @@ class ZeroTPrune(Policy):
     )
     basis = "final"
     takes_flops = True
+    instead_of_keep = ("preset", "keep_rates")
 
     preset: Literal["deit_s"] | None = None
     keep_rates: float | tuple[float, ...] | None = None
@@ -220,7 +221,7 @@ class ZeroTPrune(Policy):
         free = free_tokens(context)
         n = free_lengths(context) if context.pinned is None else tuple(free.sum(1).tolist())
         stages = self.stages(context.info)
-        stage = stages.layers.index(context.layer or 0)
+        stage, last = stages.layers.index(context.layer or 0), len(stages.layers) - 1
         remove, keep = zip(*self._counts(context, stage, n), strict=True)
         alive, scores = padding_mask(context), None
         if any(remove):
@@ -233,9 +234,8 @@ class ZeroTPrune(Policy):
             left = marked(best, context.width) | (context.valid & ~free)
         counts = tuple(length - now + k for length, now, k in zip(context.lengths, n, keep, strict=True))
         selection = Selection.from_mask(left, counts, scores)
-        if self._rated or stage < len(stages.layers) - 1:
-            return selection
-        return replace(selection, notes=reach_notes(context, self.name, self.shortfall))
+        notes = reach_notes(context, self.name, self.shortfall) if stage == last and not self._rated else ()
+        return replace(selection, notes=notes)
 
     def _counts(self, context: Context, stage: int, n: Sequence[int]) -> Counts:
         """What the S-stage removes and the I-stage leaves of the ``n`` tokens of each item that may go."""
