@@ -19,6 +19,8 @@ def keep_everything(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
     neutral = {"keep": 1.0}
     if name == "todre":
         neutral["tau"] = None
+    if name == "dymu":
+        neutral["thresholds"] = None
     if name == "vflowopt":
         neutral |= {"r1": None, "r2": None}
     neutral |= dict.fromkeys(set(registry.get(name).instead_of_keep) & set(parameters))

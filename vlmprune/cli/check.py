@@ -29,10 +29,11 @@ def check(
     names = [policy] if policy else registry.available()
     policies = [build_policy(name, keep, parameters, CHECK_KEEP) for name in names]
 
-    from vlmprune.cli.contract import check_names, check_policy, mini_subject, real_subject, require_reduction
+    from vlmprune.cli.contract import check_names, check_policy, mini_subject, prepared, real_subject, require_reduction
 
     policies = [require_reduction(chosen) for chosen in policies]
     subject = mini_subject() if model is None else real_subject(*load(model, device="cpu"))
+    policies = [prepared(chosen, subject) for chosen in policies]
     findings = [finding for chosen in policies for finding in check_policy(chosen, subject)]
     failed = [finding for finding in findings if not finding.passed]
     if as_json:
