@@ -21,7 +21,7 @@ from vlmprune.adapters.sites import needs_pixels, plan
 from vlmprune.adapters.vision_family import PIXELS, VisionFamily
 from vlmprune.core.errors import ActiveError
 from vlmprune.core.policy import Policy
-from vlmprune.core.report import Report
+from vlmprune.core.report import Report, SiteRecord
 from vlmprune.core.sites import Site
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -65,6 +65,25 @@ class Engine:
     def report(self) -> Report | None:
         """What the last forward with visual tokens did."""
         return self.forward.report
+
+    @property
+    def main(self) -> nn.Module:
+        """The module that bears the handle beside the model itself."""
+        return self.family.text_model
+
+    @property
+    def sample_ids(self) -> list[str] | None:
+        """Ids of the rows of the next forwards, for policies that draw; None seeds by content."""
+        return self.forward.sample_ids
+
+    @sample_ids.setter
+    def sample_ids(self, ids: list[str] | None) -> None:
+        self.forward.sample_ids = ids
+
+    @property
+    def tower_sites(self) -> tuple[SiteRecord, ...]:
+        """The selections inside the tower of the last pictures that were encoded."""
+        return () if self.encoder is None else self.encoder.tower_sites
 
     @property
     def hook_ids(self) -> frozenset[int]:

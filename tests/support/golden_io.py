@@ -71,8 +71,7 @@ PENDING_KINDS: frozenset[tuple[str, str]] = frozenset(
     {
         ("kernels", "dpp"),
         ("tome", "vit"),
-        *(("dymu", kind) for kind in ("calib", "rs", "vtu")),
-        *(("zero_tprune", kind) for kind in ("early", "reference")),
+        ("dymu", "vtu"),
     }
 )
 

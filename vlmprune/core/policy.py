@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from vlmprune.core.budget import Basis, Budget
-from vlmprune.core.calibration import Calibrator
+from vlmprune.core.calibration import Calibrator, Measurement
 from vlmprune.core.context import Context
 from vlmprune.core.errors import BudgetError, InputError
 from vlmprune.core.info import ModelInfo
@@ -61,6 +61,7 @@ class Policy:
     default_positions: ClassVar[Positions] = "compact"
     is_wrapper: ClassVar[bool] = False
     takes_flops: ClassVar[bool] = False
+    measured: ClassVar[bool] = False
     newlines: ClassVar[NewlineRule] = "rows"
 
     keep: Any = field(default=1.0, kw_only=True)
@@ -113,6 +114,14 @@ class Policy:
 
         Args:
             info: the model. calls: settings to try. seed: of the search.
+        """
+        return None
+
+    def measurement(self, info: ModelInfo, *, tolerance: float = 1e-3, least: int = 10) -> Measurement | None:
+        """What this policy measures on a model before it can be applied, or None; ``measured`` says so beforehand.
+
+        Args:
+            info: the model. tolerance: standard error at which it ends. least: batches that it takes at least.
         """
         return None
 
