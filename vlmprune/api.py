@@ -18,7 +18,7 @@ from vlmprune.core.errors import ActiveError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.core.registry import registry
-from vlmprune.core.report import Report
+from vlmprune.core.report import Report, SiteRecord
 
 HANDLE = "_vlmprune"
 """Attribute of a model under which its handle hangs (not in the state dict)."""
@@ -58,6 +58,12 @@ class Handle:
             if self._processor is not None:
                 report.geometry = self._processor.geometry()
         return report
+
+    @property
+    def tower_sites(self) -> tuple[SiteRecord, ...]:
+        """Selections inside the vision tower of the last pictures that were encoded, also where the model was only
+        asked for their features."""
+        return self._engine.tower_sites
 
     @property
     def last_error(self) -> BaseException | None:

@@ -48,7 +48,7 @@ class Report:
     prompt_tokens: int = 0
     images: tuple[ImageRecord, ...] = ()
     sites: list[SiteRecord] = field(default_factory=list)
-    tower_sites: list[SiteRecord] = field(default_factory=list)
+    tower_sites: tuple[SiteRecord, ...] = ()
     tower_attended: tuple[float, ...] = ()
     tower_passed: tuple[float, ...] = ()
     tower_flops: float | None = None
@@ -156,7 +156,7 @@ class Report:
 
     def take_tower(self, records: Sequence[SiteRecord], attended: Sequence[float], passed: Sequence[float]) -> None:
         """Write down what happened inside the tower."""
-        self.tower_sites += records
+        self.tower_sites = (*self.tower_sites, *records)
         self.tower_attended, self.tower_passed = tuple(attended), tuple(passed)
 
     def take_notes(self) -> None:
