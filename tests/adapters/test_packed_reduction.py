@@ -9,14 +9,14 @@ import pytest
 import torch
 from family_prompts import FamilyPrompt, prefill
 from family_runs import MROPE, batch, family_model
-from fixed_tower import FixedGroups, SimilarPairs, random_groups
-from packed_reference import PackedReference, in_raster
+from fixed_tower import FixedGroups, stages_for
+from packed_reference import PackedReference
 from torch import Tensor, nn
 
 import vlmprune
-from vlmprune.core.errors import UnsupportedError
+from vlmprune.core.sites import Place
 
-PLACES = ("before", "middle")
+PLACES: tuple[Place, ...] = ("before", "middle")
 
 
 def encoded(family: str, prompt: FamilyPrompt, kind: str = "image") -> tuple[Tensor, Tensor]:
@@ -43,14 +43,9 @@ def mergers(tower: nn.Module) -> list[nn.Module]:
     return [tower.merger, *getattr(tower, "deepstack_merger_list", [])]
 
 
-def plan(reference: PackedReference, seed: int, merge: bool, places: tuple[tuple[int, str], ...]) -> list[FixedGroups]:
+def plan(reference: PackedReference, seed: int, merge: bool, where: tuple[tuple[int, Place], ...]) -> list[FixedGroups]:
     """Random stages, one after the other; the first one empties items."""
-    lengths, stages = [len(item) for item in reference.items], []
-    for number, (layer, place) in enumerate(places):
-        table = random_groups(lengths, seed + number, merge, empty=number == 0)
-        stages.append(FixedGroups(groups=(table,), layer=layer, place=place))  # type: ignore[arg-type]
-        lengths = [len(groups) for groups in table]
-    return stages
+    return stages_for([len(item) for item in reference.items], seed, merge, where)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -96,3 +96,13 @@ def random_groups(lengths: list[int], seed: int, merge: bool, empty: bool = True
         groups = [left[i::half] for i in range(min(half, len(left)))]
         table.append(tuple(tuple(sorted(group)) for group in groups))
     return tuple(table)
+
+
+def stages_for(lengths: list[int], seed: int, merge: bool, where: tuple[tuple[int, Place], ...]) -> list[FixedGroups]:
+    """Random stages, one after the other, for a run with items of these lengths; the first one empties some."""
+    stages = []
+    for number, (layer, place) in enumerate(where):
+        table = random_groups(lengths, seed + number, merge, empty=number == 0)
+        stages.append(FixedGroups(groups=(table,), layer=layer, place=place))
+        lengths = [len(groups) for groups in table]
+    return stages
