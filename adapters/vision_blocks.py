@@ -33,6 +33,9 @@ KINDS: Mapping[str, BlockKind] = MappingProxyType(
     {
         "CLIPEncoderLayer": BlockKind("self_attn", "layer_norm2", "mlp"),
         "SiglipEncoderLayer": BlockKind("self_attn", "layer_norm2", "mlp"),
+        "Qwen2VLVisionBlock": BlockKind("attn", "norm2", "mlp"),
+        "Qwen2_5_VLVisionBlock": BlockKind("attn", "norm2", "mlp"),
+        "Qwen3VLVisionBlock": BlockKind("attn", "norm2", "mlp"),
     }
 )
 
