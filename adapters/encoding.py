@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from vlmprune.adapters import tap
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.layout import Kind
+from vlmprune.adapters.tower_exit import leave_tower
 from vlmprune.adapters.tower_lineage import TowerOutcome
 from vlmprune.adapters.tower_reduction import TowerReducer
 from vlmprune.adapters.towers import AttentionCall, TowerRun
 from vlmprune.adapters.vision_family import PIXELS, VisionFamily
 from vlmprune.core import signals as s
 from vlmprune.core.errors import ActiveError, SignalError
-from vlmprune.core.randomness import item_seed, tensor_digest
+from vlmprune.core.randomness import tensor_digest
 
 ENCODERS: dict[Kind, str] = {"image": "get_image_features", "video": "get_video_features"}
 ATTENTION_SIGNALS = (s.ColumnMass, s.ClsRow, s.ClsLogits, s.Keys, s.QK, s.Attention)
@@ -122,7 +123,8 @@ class EncodingRecorder:
         if self._reducer is not None:
             self._reducer.install(hooks)
             self._family.restore_length(self._restore, hooks)
-        hooks.after(tower, self._end, prepend=True)
+            hooks.after(tower, self._exit, prepend=True)
+        hooks.after(tower, self._signals, prepend=True)
         blocks = self._family.vision_blocks()
         for block in sorted({signal.layer for signal in self._wanted if isinstance(signal, ATTENTION_SIGNALS)}):
             tap.install(self._family.vision_attention(block), BlockRecorder(self, block), hooks)
@@ -214,14 +216,8 @@ class EncodingRecorder:
                 assert self._scale is not None
                 self._current.values[signal] = run.masked(self._scale.undo(run.pixels()))
         if self._reducer is not None:
-            self._reducer.begin(run.tokens(), self._seeds())
+            self._reducer.begin(run.tokens(), self._current.digests)
         run.drop_input()
-
-    def _seeds(self) -> tuple[int, ...] | None:
-        """A seed per view from its content, where a policy draws; a policy's own seed is mixed in later."""
-        assert self._current is not None
-        digests = self._current.digests
-        return tuple(item_seed(0, digest, 0) for digest in digests) if digests else None
 
     def _restore(self, states: Tensor) -> Tensor:
         """States of all patches behind those of the tokens that the tower left."""
@@ -229,7 +225,8 @@ class EncodingRecorder:
         return states if tokens is None or not tokens.changed else tokens.restore(states)
 
     @torch.no_grad()
-    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _signals(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The tower is done: work out the signals of its attention."""
         current = self._current
         if current is None or current.run is None:
             return
@@ -237,9 +234,14 @@ class EncodingRecorder:
             if isinstance(signal, ATTENTION_SIGNALS):
                 current.values[signal] = current.run.attention(signal, self._calls[signal.layer])
         self._calls.clear()
+
+    def _exit(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The tower is done: note what was reduced in it, and give its output the form that the model expects."""
         reducer = self._reducer
-        if reducer is not None and reducer.tokens is not None:
-            current.tower = reducer.outcome()
+        if self._current is None or reducer is None or reducer.tokens is None:
+            return None
+        self._current.tower = reducer.outcome()
+        return leave_tower(reducer, output, whole=self._family.exit_at == "tower")
 
     def _before_projector(
         self, signal: s.PreProjector, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmprune.adapters.family import text_info, tower_info
+from vlmprune.adapters.batched_tower import BatchedTower
 from vlmprune.adapters.text import TEXT_SIGNALS
-from vlmprune.adapters.towers import BatchedTower, Tower
+from vlmprune.adapters.towers import Tower
 from vlmprune.adapters.vision_family import CLS_SIGNALS, TOWER_SIGNALS, VisionFamily
 from vlmprune.core import signals as s
 from vlmprune.core.errors import UnsupportedError
@@ -72,13 +73,11 @@ class LlavaTowerFamily(VisionFamily):
                 f"not supported (its patch grid would be off by a token); expected {wanted!r}."
             )
 
+    def check_reducible(self) -> None:
+        check_one_layer(self.model.config)
+
     def check_call(self, kwargs: Mapping[str, Any]) -> None:
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            value = kwargs.get(name)
-            if value is not None and value != getattr(self.model.config, name):
-                raise UnsupportedError(
-                    f"{name}={value!r} differs from the model's config; set it in model.config before apply()."
-                )
+        check_feature_choice(self.model.config, kwargs)
 
 
 def feature_block(config: Any) -> int:
@@ -94,3 +93,30 @@ def feature_block(config: Any) -> int:
     if block < 0:
         raise UnsupportedError(f"vision_feature_layer={chosen} reads the tower's input; no block feeds the projector.")
     return block
+
+
+def check_one_layer(config: Any) -> None:
+    """Refuse features of several blocks, which differ in length once tokens are reduced between them.
+
+    Raises:
+        UnsupportedError: the config names several.
+    """
+    if not isinstance(config.vision_feature_layer, int):
+        raise UnsupportedError(
+            f"vision_feature_layer={config.vision_feature_layer!r} joins the features of several blocks, whose tokens "
+            "differ once some are reduced inside the tower; choose a policy that acts after the encoder."
+        )
+
+
+def check_feature_choice(config: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a call that chooses other features than the config.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        value = kwargs.get(name)
+        if value is not None and value != getattr(config, name):
+            raise UnsupportedError(
+                f"{name}={value!r} differs from the model's config; set it in model.config before apply()."
+            )
