@@ -69,7 +69,13 @@ def _check_layer(leaf: Policy, request: SiteRequest, info: ModelInfo) -> None:
 
 
 def _check_positions(leaf: Policy, request: SiteRequest, info: ModelInfo) -> None:
-    """Refuse renumbering where positions have several axes: a token's place in the image is its position."""
+    """Refuse renumbering where positions have several axes (a token's place in the image is its position), and virtual
+    positions inside the decoder."""
+    if request.positions == "virtual" and request.site not in (Site.VISION_BLOCK, Site.POST_ENCODER):
+        raise InputError(
+            f"{leaf.name!r} asks for virtual positions at {request.site}, but tokens are unmerged virtually only if "
+            "they were merged before the decoder; give 'keep' or 'compact'."
+        )
     if info.mrope and request.positions == "compact":
         raise InputError(
             f"{leaf.name!r} asks for compact positions, but {info.model_class} numbers visual tokens by time, row and "

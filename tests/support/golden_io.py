@@ -70,9 +70,8 @@ KINDS: Mapping[str, KindRule] = MappingProxyType(
 PENDING_KINDS: frozenset[tuple[str, str]] = frozenset(
     {
         ("kernels", "dpp"),
-        *(("tome", kind) for kind in ("kth", "parse", "propattn", "vit")),
-        *(("dymu", kind) for kind in ("calib", "rs", "vtu")),
-        *(("zero_tprune", kind) for kind in ("early", "reference")),
+        ("tome", "vit"),
+        ("dymu", "vtu"),
     }
 )
 

@@ -1,0 +1,109 @@
+"""What an adapter must say about a model that is only a vision tower: a classifier, or the image side of a CLIP."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmprune.adapters.batched_tokens import BatchedTokens
+from vlmprune.adapters.hooks import HookStack
+from vlmprune.adapters.tower_reduction import AttentionPort
+from vlmprune.adapters.tower_tokens import TowerTokens
+from vlmprune.adapters.vision_blocks import BlockParts
+from vlmprune.adapters.vit_run import VitRun
+from vlmprune.core import signals as s
+from vlmprune.core.info import ModelInfo
+from vlmprune.core.sites import Site
+
+VIT_SITES = frozenset({Site.VISION_BLOCK})
+VIT_SIGNALS: frozenset[type[s.Signal]] = frozenset({s.KeyMean, s.HeadAttention, s.Keys})
+
+
+class VitFamily(ABC):
+    """Names the parts of an image model and says how its features leave it. Instances belong to one model.
+
+    Attributes:
+        served: what this family serves, for messages.
+        entries: methods of the tower, beside its forward, that run its blocks.
+    """
+
+    served: str
+    entries: tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """True if this family serves ``model`` (unwrapped)."""
+
+    @abstractmethod
+    def info(self) -> ModelInfo:
+        """The model's facts.
+
+        Raises:
+            UnsupportedError: a configuration that this family cannot serve.
+        """
+
+    @property
+    def tower(self) -> nn.Module:
+        """The module that is called with images; one call is one run."""
+        return self.model
+
+    @abstractmethod
+    def parts(self) -> Sequence[BlockParts]:
+        """The tower's blocks, in order.
+
+        Raises:
+            UnsupportedError: blocks that cannot be reduced.
+        """
+
+    @abstractmethod
+    def attention_port(self, parts: BlockParts) -> AttentionPort:
+        """How a block's attention is read and biased."""
+
+    @abstractmethod
+    def prefix(self) -> int:
+        """Tokens before the patches."""
+
+    @abstractmethod
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of ``images [V, C, H, W]``."""
+
+    def tokens(self, states: Tensor) -> TowerTokens:
+        """The tokens that enter the first block as ``states [V, T, D]``."""
+        prefix = self.prefix()
+        return BatchedTokens(states.shape[0], states.shape[1] - prefix, prefix)
+
+    def check_call(self, entry: str, arguments: Mapping[str, Any], restore_length: bool) -> None:
+        """Refuse a call that cannot be reduced; ``arguments`` are those of the method ``entry``, by name."""
+        return None
+
+    def taken(self, entry: str, arguments: Mapping[str, Any]) -> frozenset[int]:
+        """Blocks whose outputs a call of the method ``entry`` returns."""
+        return frozenset()
+
+    @abstractmethod
+    def install(self, run: VitRun, hooks: HookStack) -> None:
+        """Hook what stands behind the blocks (norms, pooling), so that tokens count as often as ``run`` says."""
+
+    def leave(self, entry: str, output: Any, run: VitRun) -> Any:
+        """What the method ``entry`` returns, features in full length again."""
+        return run.full(output) if isinstance(output, Tensor) and output.ndim == 3 else output
+
+
+def taken_blocks(indices: int | Sequence[int] | None, depth: int) -> frozenset[int]:
+    """The blocks that ``forward_intermediates`` of timm and open_clip returns, and the last one.
+
+    Args:
+        indices: the last so many, or these, negative ones from the end; None is all of them.
+        depth: number of blocks.
+    """
+    if indices is None:
+        return frozenset(range(depth))
+    chosen = range(depth - indices, depth) if isinstance(indices, int) else indices
+    return frozenset({index % depth for index in chosen} | {depth - 1})
