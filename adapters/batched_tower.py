@@ -68,7 +68,9 @@ class BatchedRun(TowerRun):
             places = call.tokens.places() if isinstance(call.tokens, BatchedTokens) else None
             return BatchedAttention(call, self._first, places)
         if isinstance(signal, s.QK):
-            return tuple(self._of_patches(part.transpose(1, 2), call).transpose(1, 2) for part in (call.query, call.key))
+            return tuple(
+                self._of_patches(part.transpose(1, 2), call).transpose(1, 2) for part in (call.query, call.key)
+            )
         return self._of_patches(self._per_token(signal, call), call)
 
     def _per_token(self, signal: s.Signal, call: AttentionCall) -> Tensor:

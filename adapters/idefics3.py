@@ -64,6 +64,7 @@ class Idefics3Family(TiledFamily):
             signals=TEXT_SIGNALS | TOWER_SIGNALS | {s.Projector},
             vision_depth=depth,
             feature_block=depth - 1,
+            grid=(self.side, self.side),
             merge_unit=self.merge**2,
             **tower_info(config.vision_config),
             **text_info(config.text_config),

@@ -59,6 +59,7 @@ class InternVLFamily(TiledFamily):
             feature_block=feature_block(config),
             has_cls=True,
             prefix_tokens=1,
+            grid=(self.side, self.side),
             merge_unit=self.merge**2,
             **tower_info(config.vision_config),
             **text_info(config.text_config),

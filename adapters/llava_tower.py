@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmprune.adapters.family import text_info, tower_info
 from vlmprune.adapters.batched_tower import BatchedTower
+from vlmprune.adapters.family import text_info, tower_info
 from vlmprune.adapters.text import TEXT_SIGNALS
 from vlmprune.adapters.towers import Tower
 from vlmprune.adapters.vision_family import CLS_SIGNALS, TOWER_SIGNALS, VisionFamily
@@ -51,6 +51,7 @@ class LlavaTowerFamily(VisionFamily):
             feature_block=feature_block(config),
             has_cls=self.has_cls,
             prefix_tokens=int(self.has_cls),
+            grid=(self.side, self.side),
             **tower_info(config.vision_config),
             video="video" in self.kinds,
             **self.fixed_sizes(),
@@ -58,7 +59,7 @@ class LlavaTowerFamily(VisionFamily):
         )
 
     def fixed_sizes(self) -> dict[str, Any]:
-        """Grid and tokens of an image where the config fixes them."""
+        """Tokens of an image where the config fixes them."""
         return {}
 
     def _check_config(self, config: Any) -> None:

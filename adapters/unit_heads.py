@@ -80,6 +80,8 @@ class UnitHeads:
         else:
             share = (there / there.sum(2, keepdim=True).clamp_min(1)).to(votes)[:, None]
         spread = votes[..., None] * share
-        spread = torch.cat([votes[..., : self.prefix, None].expand_as(spread[..., : self.prefix, :]),
-                            spread[..., self.prefix :, :]], -2)
+        spread = torch.cat(
+            [votes[..., : self.prefix, None].expand_as(spread[..., : self.prefix, :]), spread[..., self.prefix :, :]],
+            -2,
+        )
         return self._flat(spread)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.sites import plan
-from vlmprune.adapters.tower_lineage import summed
+from vlmprune.adapters.tower_lineage import tower_record
 from vlmprune.adapters.tower_reduction import TowerReducer
 from vlmprune.adapters.vit_family import VitFamily
 from vlmprune.adapters.vit_run import VitRun
@@ -27,7 +27,6 @@ from vlmprune.core.randomness import tensor_digest
 from vlmprune.core.records import ImageRecord, SiteRecord
 from vlmprune.core.report import Report
 from vlmprune.core.selection import Selection
-from vlmprune.core.sites import Site
 from vlmprune.core.views import View
 
 FORWARD = "forward"
@@ -255,16 +254,8 @@ class VisionEngine:
         assert self._run.tokens is not None
         prefix, lengths = self._run.tokens.prefix, self._run.map.lengths
         counts = tuple(length - prefix for length in lengths)
-        return SiteRecord(
-            policy=" + ".join(dict.fromkeys(record.policy for record in records)),
-            site=Site.VISION_BLOCK,
-            layer=max(record.layer or 0 for record in records),
-            positions="keep",
-            samples=tuple(range(images)),
-            lengths=(groups.shape[1],) * images,
-            selection=Selection.merge(groups, self._run.map.width - prefix, "mean", counts=counts),
-            elapsed=partial(summed, records),
-        )
+        selection = Selection.merge(groups, self._run.map.width - prefix, "mean", counts=counts)
+        return tower_record(records, selection, tuple(range(images)), (groups.shape[1],) * images, "keep")
 
     def _finish(self, entry: str, output: Any) -> Any:
         """The blocks are done: write the report, and give features their length back."""

@@ -138,7 +138,9 @@ class TowerReference:
         self.model = model
         self.blocks = list(blocks_of(model))
         self.steps = steps
-        self.first = int(prompt.family in CLS and getattr(model.config.vision_config, "model_type", "") != "siglip_vision_model")
+        self.first = int(
+            prompt.family in CLS and getattr(model.config.vision_config, "model_type", "") != "siglip_vision_model"
+        )
         self.merge = merge
         entering: list[Tensor] = []
         masks: list[Tensor | None] = []
@@ -162,7 +164,9 @@ class TowerReference:
         grid = torch.arange(count).view(side // merge, merge, side // merge, merge)
         order = torch.stack([grid[i, :, j].flatten() for i in range(len(grid)) for j in range(side // merge)])
         seen = torch.ones(len(states), count, dtype=torch.bool) if mask is None else mask.flatten(1).bool()
-        views = [View(s[: self.first], s[self.first :][order], m[order], order) for s, m in zip(states, seen, strict=True)]
+        views = [
+            View(s[: self.first], s[self.first :][order], m[order], order) for s, m in zip(states, seen, strict=True)
+        ]
         run = TowerRun(views)
         for number, block in enumerate(self.blocks):
             run.short.append([])
