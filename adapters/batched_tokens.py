@@ -44,6 +44,7 @@ class BatchedTokens(TowerTokens):
             self._real = torch.cat([by_unit.new_ones(views, prefix, self._unit), by_unit], 1)
             self.pinned = ~self._real.all(2)
         self._bias: dict[bool, Tensor | None] = {}
+        self._wide = torch.float32
 
     def items(self, states: Tensor) -> Tensor:
         if self._units is None:
@@ -60,6 +61,7 @@ class BatchedTokens(TowerTokens):
             self.pinned = self.map.valid(states.device) & ~self._real.all(2)
         self.changed = True
         self._bias = {}
+        self._wide = torch.promote_types(states.dtype, torch.float32)
         if self._units is None:
             return reduced
         width = states.shape[2]
@@ -99,14 +101,14 @@ class BatchedTokens(TowerTokens):
         sizes, valid = self._log_sizes(), self.key_valid()
         if valid is None:
             return sizes
-        bias = torch.zeros_like(valid, dtype=torch.float32) if sizes is None else sizes
+        bias = torch.zeros_like(valid, dtype=self._wide) if sizes is None else sizes
         return bias.masked_fill(~valid, -torch.inf)
 
     def _log_sizes(self) -> Tensor | None:
-        """``[V, T]`` float32, finite at padding; None where all are 0."""
+        """``[V, T]``, finite at padding; None where all are 0."""
         if self.map.sizes is None or not self.size_bias:
             return None
-        return self._per_key(self.map.sizes.float().clamp_min(1.0).log())
+        return self._per_key(self.map.sizes.to(self._wide).clamp_min(1.0).log())
 
     def groups(self) -> Tensor | None:
         if self.map.group is None:

@@ -51,8 +51,9 @@ class BatchedRun(TowerRun):
         self._first = int(tower.has_cls)
         self._real = real
 
-    def patches(self, states: Tensor) -> Tensor:
-        return states[:, self._first :]
+    def patches(self, states: Tensor, tokens: TowerTokens | None = None) -> Tensor:
+        found = states[:, self._first :]
+        return found if tokens is None else tokens.restore(found)
 
     def tokens(self) -> TowerTokens:
         merge = self._tower.merge
@@ -65,13 +66,14 @@ class BatchedRun(TowerRun):
     def attention(self, signal: s.Signal, calls: list[AttentionCall]) -> Any:
         [call] = calls
         if isinstance(signal, s.Attention):
-            places = call.tokens.places() if isinstance(call.tokens, BatchedTokens) else None
-            return BatchedAttention(call, self._first, places)
+            tokens = call.tokens if isinstance(call.tokens, BatchedTokens) else None
+            if tokens is None:
+                return BatchedAttention(call, self._first)
+            return BatchedAttention(call, self._first, tokens.places(), tokens.row_valid())
         if isinstance(signal, s.QK):
-            return tuple(
-                self._of_patches(part.transpose(1, 2), call).transpose(1, 2) for part in (call.query, call.key)
-            )
-        return self._of_patches(self._per_token(signal, call), call)
+            pair = (part.transpose(1, 2) for part in (call.query, call.key))
+            return tuple(self.patches(part, call.tokens).transpose(1, 2) for part in pair)
+        return self.patches(self._per_token(signal, call), call.tokens)
 
     def _per_token(self, signal: s.Signal, call: AttentionCall) -> Tensor:
         """``[V, T, ...]`` over the tower's tokens at that moment."""
@@ -84,11 +86,6 @@ class BatchedRun(TowerRun):
         if isinstance(signal, s.ClsLogits):
             return (query[:, :, :1].float() @ key.float().transpose(2, 3)).mean(1)[:, 0] * call.scale
         return key.transpose(1, 2).flatten(2)
-
-    def _of_patches(self, values: Tensor, call: AttentionCall) -> Tensor:
-        """``[V, P, ...]``: every patch has the value of the token that it is part of."""
-        values = self.patches(values)
-        return values if call.tokens is None else call.tokens.restore(values)
 
     def pixels(self) -> Tensor:
         side = self._tower.patch
@@ -106,24 +103,31 @@ class BatchedRun(TowerRun):
 class BatchedAttention:
     """An :class:`AttentionMap` over views of equal size.
 
-    Where patches were merged before, each has its token's row and column; dropped ones have zeros.
+    Where patches were merged before, each is given what its token received, the weights of the patches' rows add up to
+    that of the token's one row, and without weights that row counts once. Dropped patches neither give nor receive.
 
     Args:
         call: over the tower's tokens at that moment.
         first: tokens before the patches.
         places: ``[V, P]`` token behind every patch, counted from the first behind the prefix, -1 for dropped ones;
             None while each is its own.
+        rows: ``[V, T]`` bool, places of the tower that hold a token; None where all do.
     """
 
     call: AttentionCall
     first: int
     places: Tensor | None = None
+    rows: Tensor | None = None
 
     def column_mass(self, row_weight: Tensor | None = None, reduce: Literal["mean", "sum"] = "mean") -> Tensor:
         """See :class:`AttentionMap`."""
         query, first = self.call.query, self.first
         rows = torch.arange(first, query.shape[2], device=query.device)
-        weight = row_weight if self.places is None else self._collected(self.places, row_weight)
+        weight = row_weight
+        if row_weight is None:
+            weight = None if self.rows is None else self.rows[:, first:]
+        elif self.places is not None:
+            weight = self._collected(self.places, row_weight)
         options = {**self.call.options, "rows": rows, "row_weight": weight, "reduce": reduce}
         mass = column_mass(query, self.call.key, **options)[:, first:]
         return mass if self.places is None else gather_tokens(mass, self.places)
@@ -133,14 +137,14 @@ class BatchedAttention:
         mask = self.call.mask
         mask = mask[index] if mask is not None and mask.shape[0] > 1 else mask
         call = AttentionCall(self.call.query[index], self.call.key[index], mask, self.call.scale)
-        return BatchedAttention(call, self.first, None if self.places is None else self.places[index])
+        places, rows = (None if part is None else part[index] for part in (self.places, self.rows))
+        return BatchedAttention(call, self.first, places, rows)
 
-    def _collected(self, places: Tensor, row_weight: Tensor | None) -> Tensor:
-        """Weights of the tokens' rows: the sums of those of their patches, 1 each where none are given."""
-        weight = places.new_ones(places.shape, dtype=torch.float32) if row_weight is None else row_weight
+    def _collected(self, places: Tensor, row_weight: Tensor) -> Tensor:
+        """Weights of the tokens' rows: the sums of those of their patches."""
         left = self.call.query.shape[2] - self.first
-        sums = weight.new_zeros(len(places), left + 1)
-        return sums.scatter_add(1, torch.where(places < 0, left, places), weight)[:, :left]
+        sums = row_weight.new_zeros(len(places), left + 1)
+        return sums.scatter_add(1, torch.where(places < 0, left, places), row_weight)[:, :left]
 
 
 def unit_patches(rows: int, columns: int, merge: int) -> Tensor:

@@ -82,7 +82,7 @@ class _ImageTokens:
         if positions == "compact":
             gone = scatter_true(call.removed.shape, self.rows, self.place, self.valid)
             call.close_up(gone & ~scatter_true(call.removed.shape, self.rows, place, valid))
-        elif positions == "virtual" and selection.group_id is not None:
+        elif positions == "virtual":
             virtual.merge(call, selection, self.rows, self.place, self.valid)
         self.place, self.valid, self.lengths = place, valid, selection.out_counts()
         self.history.append(selection)

@@ -21,6 +21,7 @@ from vlmprune.core.report import SiteRecord
 from vlmprune.core.selection import Selection
 from vlmprune.core.signals import Pixels, Signal
 from vlmprune.core.sites import Site, SiteRequest
+from vlmprune.kernels.gather import ordered_groups
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def run_step(
     selection = step.policy.select(context)
     if finish is not None:
         selection = finish(selection)
+    if selection.group_id is not None and context.site != Site.VISION_BLOCK:  # in the order in which they will stand
+        selection = replace(selection, group_id=ordered_groups(selection.group_id, selection.n_outputs))
     records.append(
         SiteRecord(
             policy=step.policy.name,

@@ -134,7 +134,7 @@ class TowerTokens(ABC):
 
     @abstractmethod
     def key_bias(self) -> Tensor | None:
-        """What is added to the scores of keys: float32 ``[V, T]``, -inf for those that nothing sees, None for
+        """What is added to the scores of keys: float32 or wider ``[V, T]``, -inf for those that nothing sees, None for
         nothing."""
 
     def key_valid(self) -> Tensor | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,10 @@ class AttentionCall:
     lengths: tuple[int, ...] | None = None
     tokens: TowerTokens | None = None
 
+    def behind(self, tokens: TowerTokens) -> AttentionCall:
+        """This call as one of reduced ``tokens``."""
+        return replace(self, tokens=copy.copy(tokens))
+
     @property
     def options(self) -> dict[str, Any]:
         """Scale and mask as the kernels take them; flash attention has 2-D masks of keys."""
@@ -45,8 +50,13 @@ class TowerRun(ABC):
     patches_per_view: int
 
     @abstractmethod
-    def patches(self, states: Tensor) -> Tensor:
-        """Values of patches ``[V, P, ...]`` out of a tensor in the tower's own order."""
+    def patches(self, states: Tensor, tokens: TowerTokens | None = None) -> Tensor:
+        """Values of patches ``[V, P, ...]`` out of a tensor in the tower's own order.
+
+        Args:
+            states: of all tokens, or of those that are left.
+            tokens: those that are left, None while all are there; dropped patches get zeros.
+        """
 
     @property
     def patch_valid(self) -> Tensor | None:

@@ -38,6 +38,9 @@ KINDS: Mapping[str, BlockKind] = MappingProxyType(
         "Idefics3EncoderLayer": CLIP_LIKE,
         "SmolVLMEncoderLayer": CLIP_LIKE,
         "InternVLVisionLayer": BlockKind("attention", "layernorm_after", "dropout", gain="lambda_2"),
+        "Qwen2VLVisionBlock": BlockKind("attn", "norm2", "mlp"),
+        "Qwen2_5_VLVisionBlock": BlockKind("attn", "norm2", "mlp"),
+        "Qwen3VLVisionBlock": BlockKind("attn", "norm2", "mlp"),
     }
 )
 

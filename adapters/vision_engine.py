@@ -43,6 +43,7 @@ class VisionEngine:
 
     Attributes:
         report: what the last run did, None before the first.
+        tower_sites: the selections of the last run, one per block that acts; items are images.
         sample_ids: ids of the images of the next runs, for policies that draw; None seeds by content.
     """
 
@@ -54,6 +55,7 @@ class VisionEngine:
         self.enabled = True
         self.last_error: BaseException | None = None
         self.report: Report | None = None
+        self.tower_sites: tuple[SiteRecord, ...] = ()
         self.sample_ids: list[str] | None = None
         self._run = VitRun(restore_length)
         self._reducer: TowerReducer | None = None
@@ -71,11 +73,6 @@ class VisionEngine:
     def main(self) -> nn.Module:
         """The module that bears the handle beside the model itself."""
         return self.family.tower
-
-    @property
-    def tower_sites(self) -> tuple[SiteRecord, ...]:
-        """The selections of the last run."""
-        return () if self.report is None else self.report.tower_sites
 
     @property
     def hook_ids(self) -> frozenset[int]:
@@ -242,6 +239,7 @@ class VisionEngine:
         if reducer is None:
             return report
         done = reducer.outcome()
+        self.tower_sites = done.records
         report.take_tower(done.records, done.attended, done.passed)
         report.tower_flops = tower_flops(self.info, done.attended, done.passed, images)
         groups = tokens.groups()

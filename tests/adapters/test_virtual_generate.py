@@ -1,4 +1,4 @@
-"""``generate`` with virtual unmerging gives what the dense model with averaged groups gives; caches hold merged tokens."""
+"""``generate`` with virtual unmerging gives what the dense model with averaged groups gives; caches stay short."""
 
 from __future__ import annotations
 

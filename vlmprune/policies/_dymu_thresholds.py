@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vlmprune.core.errors import BudgetError, InputError
+from vlmprune.core.errors import InputError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.measured import Measured, RunningMean, TokenCount, read_measured
 from vlmprune.core.records import SiteRecord
@@ -67,10 +67,6 @@ class ThresholdMeans:
     """
 
     def __init__(self, policy: DyMU, info: ModelInfo, tolerance: float, least: int) -> None:
-        if policy.budget.is_all:
-            raise BudgetError("A calibration is for fewer tokens than all; give a keep below 1.0.")
-        if policy.mode != "dynamic" or policy.thresholds is not None or policy.artefact is not None:
-            raise InputError("A calibration finds the thresholds of mode='dynamic'; leave out mode and thresholds.")
         self.means: list[RunningMean] = []
         self._wanted, self._info = policy, info
         self._tolerance, self._least = tolerance, least
