@@ -24,6 +24,7 @@ from vlmprune.adapters.vision_family import PIXELS, VisionFamily
 from vlmprune.core import signals as s
 from vlmprune.core.errors import ActiveError, SignalError
 from vlmprune.core.randomness import item_seed, tensor_digest
+from vlmprune.core.records import SiteRecord
 
 ENCODERS: dict[Kind, str] = {"image": "get_image_features", "video": "get_video_features"}
 ATTENTION_SIGNALS = (s.ColumnMass, s.ClsRow, s.ClsLogits, s.Keys, s.QK, s.Attention)
@@ -138,6 +139,12 @@ class EncodingRecorder:
     def reduces(self) -> bool:
         """A policy acts inside the tower."""
         return self._reducer is not None
+
+    @property
+    def tower_sites(self) -> tuple[SiteRecord, ...]:
+        """The selections inside the tower of the last pictures that were encoded."""
+        last = self._last.get("image")
+        return () if last is None or last.tower is None else last.tower.records
 
     def forget(self) -> None:
         """Drop what was recorded."""

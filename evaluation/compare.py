@@ -6,21 +6,28 @@ python -m vlmprune.evaluation.compare --model tiny-llava   # goes on where an ea
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlmprune.adapters.detect import model_info
 from vlmprune.core import config
 from vlmprune.core.policy import Policy
 from vlmprune.core.registry import registry
 from vlmprune.embedded import load_embedded
+from vlmprune.evaluation.cells import policy_cell
 from vlmprune.evaluation.runner import evaluate
-from vlmprune.evaluation.schema import RANDOM, ResultsFile, read_results, write_text_atomically
+from vlmprune.evaluation.schema import RANDOM, ResultRow, ResultsFile, read_results, write_text_atomically
 
 RESULTS = Path("evaluation") / "results"
 CALIBRATIONS = "calibration"
 BUDGETS = (1.0, 0.5, 0.33, 0.22, 0.11, 0.05)
+COMPOSED = (("tome", "hiprune"), ("tome", "todre"))
+"""A merge inside the tower, and what chooses among the tokens left."""
+TOWER_SHARE = 0.5
+"""Share of the tokens that the merge leaves in a composition."""
 QUESTIONS = 500
 SEED = 1
 
@@ -31,18 +38,24 @@ def results_path(folder: Path, model: str, task: str, keep: float) -> Path:
 
 
 def policies_at(keep: float, model: str, folder: Path) -> list[Policy]:
-    """Every policy with its defaults at a budget; ``random`` runs beside anyway.
+    """Every policy with its defaults at a budget, and compositions; ``random`` runs beside anyway.
 
-    A policy with a calibration of this model for this budget in ``folder`` uses it.
+    A policy with a calibration of this model for this budget in ``folder`` uses it; one that cannot do without is
+    left out where there is none.
     """
-    chosen = []
+    chosen: list[Policy] = []
     for name in registry.available():
         parameters: dict[str, object] = {"keep": keep}
         artefact = folder / CALIBRATIONS / f"{model}-{name}-{keep}.json"
         if artefact.is_file():
             parameters["artefact"] = artefact.as_posix()
+        elif not registry.get(name).meta.training_free and keep < 1:
+            continue
         if name != RANDOM:
             chosen.append(config.build(name, parameters))
+    if keep < TOWER_SHARE:
+        rest = round(keep / TOWER_SHARE, 6)
+        chosen += [config.resolve(list(names), keep=[TOWER_SHARE, rest]) for names in COMPOSED]
     return chosen
 
 
@@ -57,7 +70,7 @@ def compare(
     batch_size: int = 32,
     progress: bool = True,
 ) -> list[Path]:
-    """Measure what is not there yet.
+    """Measure what is not there yet; policies that an earlier run did not know are added to its files.
 
     Args:
         model: embedded model. tasks, budgets: each budget of each task becomes a file.
@@ -72,17 +85,22 @@ def compare(
         CellsFailed: a policy raised; nothing is written for that budget.
     """
     vlm, processor = load_embedded(model)
+    info = model_info(vlm)
     paths = []
     for task in tasks:
         for keep in budgets:
             paths.append(path := results_path(folder, model, task, keep))
-            if path.is_file():
+            before = read_results(path) if path.is_file() else ResultsFile()
+            there = {(row.policy, json.dumps(row.keep)) for row in before.rows}
+            cells = [policy_cell(policy, info) for policy in policies_at(keep, model, folder)]
+            missing = [cell.policy for cell in cells if (cell.name, json.dumps(cell.keep)) not in there]
+            if not missing:
                 continue
             results = evaluate(
                 vlm,
                 processor,
                 model_name=model,
-                policies=policies_at(keep, model, folder),
+                policies=[policy for policy in missing if policy is not None],
                 tasks=[task],
                 limit=questions,
                 seed=seed,
@@ -91,8 +109,19 @@ def compare(
                 measure_time=False,
                 progress=progress,
             )
-            write_text_atomically(path, results.model_dump_json() + "\n")
+            write_text_atomically(path, joined(before, results).model_dump_json() + "\n")
     return paths
+
+
+def joined(before: ResultsFile, new: ResultsFile) -> ResultsFile:
+    """Rows of an earlier run, and those of a later one that it has not: dense and ``random`` ran beside both."""
+    known = {_cell_of(row) for row in before.rows}
+    rows = (*before.rows, *(row for row in new.rows if _cell_of(row) not in known))
+    return new.model_copy(update={"rows": rows})
+
+
+def _cell_of(row: ResultRow) -> str:
+    return json.dumps([row.task, row.family, row.policy, row.params, row.keep, row.seed], sort_keys=True)
 
 
 def read_all(folder: Path = RESULTS, model: str | None = None) -> list[ResultsFile]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from vlmprune.evaluation.schema import ALL_FAMILIES, DENSE, Keep, ResultRow
@@ -38,18 +39,27 @@ def render_grid(rows: Sequence[ResultRow]) -> str:
     average over the decoder layers, which is what a policy that cuts inside the decoder costs.
 
     Args:
-        rows: of one model and task. Shares are columns, falling; ``random`` is the mean over its seeds with lowest and
-            highest. The headline families count where there is a headline, else all questions.
+        rows: of one model and task. Shares are columns, falling (of a composition the product of its shares);
+            ``random`` is the mean over its seeds with lowest and highest. The headline families count where there is
+            a headline, else all questions.
     """
     family = default_families(rows)[0]
-    chosen = [row for row in rows if row.family == family]
-    shares = sorted({row.keep for row in chosen if isinstance(row.keep, float)}, reverse=True)
-    names = sorted({_name_in_grid(row) for row in chosen if isinstance(row.keep, float)} - {DENSE})
+    chosen = [(row, share_of(row.keep)) for row in rows if row.family == family]
+    shares = sorted({share for _, share in chosen if share is not None}, reverse=True)
+    names = sorted({_name_in_grid(row) for row, share in chosen if share is not None} - {DENSE})
     lines = [["policy", *map(keep_text, shares)], ["---", *["---:"] * len(shares)]]
     for name in (DENSE, *names):
-        cells = [[row for row in chosen if (_name_in_grid(row), row.keep) == (name, share)] for share in shares]
+        cells = [[row for row, of in chosen if (_name_in_grid(row), of) == (name, share)] for share in shares]
         lines.append([name.replace("_", "-"), *map(_grid_cell, cells)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def share_of(keep: Keep) -> float | None:
+    """The share of the tokens that a budget leaves, None where it is none of a share or a list of shares."""
+    if isinstance(keep, list):
+        parts = [share_of(part) for part in keep]
+        return None if None in parts else round(math.prod(part for part in parts if part is not None), 4)
+    return keep if isinstance(keep, float) else None
 
 
 def _name_in_grid(row: ResultRow) -> str:
@@ -58,7 +68,8 @@ def _name_in_grid(row: ResultRow) -> str:
 
 
 def _settings(row: ResultRow) -> list[str]:
-    return [CALIBRATED if name == "artefact" else f"{name}={value}" for name, value in row.params.items()]
+    own = {name: value for name, value in row.params.items() if value != {}}  # members of a composition with defaults
+    return [CALIBRATED if name == "artefact" else f"{name}={value}" for name, value in own.items()]
 
 
 def _grid_cell(rows: Sequence[ResultRow]) -> str:

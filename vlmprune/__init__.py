@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlmprune.core.policy import Policy
     from vlmprune.core.registry import register
     from vlmprune.embedded import load_embedded
+    from vlmprune.measurement import measure
     from vlmprune.plot import plot_selection
     from vlmprune.policies.compose import Compose
     from vlmprune.policies.per_image_budget import PerImageBudget
@@ -35,6 +36,7 @@ _PUBLIC = {
     "available": "vlmprune.api",
     "calibrate": "vlmprune.calibration",
     "load_embedded": "vlmprune.embedded",
+    "measure": "vlmprune.measurement",
     "plot_selection": "vlmprune.plot",
     "register": "vlmprune.core.registry",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "available",
     "calibrate",
     "load_embedded",
+    "measure",
     "plot_selection",
     "register",
 ]

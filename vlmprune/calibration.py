@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmprune._version import __version__
 from vlmprune.adapters.detect import find_family
 from vlmprune.adapters.family import Family
 from vlmprune.api import applied
@@ -22,10 +19,9 @@ from vlmprune.core.artefact import Artefact, Trial, model_facts, read_artefact, 
 from vlmprune.core.calibration import Calibrator
 from vlmprune.core.errors import InputError, UnsupportedError
 from vlmprune.core.policy import Policy
-from vlmprune.core.randomness import tensor_digest
+from vlmprune.provenance import add_to_digest, check_folder, check_same, package_versions, settings_of
 
 PACKAGES = ("torch", "transformers", "optuna")
-NOT_SEARCHED = ("artefact", "positions")
 
 Progress = Callable[[int, int, float, float], None]
 """Told after every call: calls done, calls in all, its objective, the best so far."""
@@ -74,13 +70,15 @@ def calibrate(
     resolved, family = config.resolve(policy, **parameters), find_family(model)
     calibrator = resolved.calibration(family.info(), calls=calls, seed=seed)
     if calibrator is None:
+        if resolved.measured:
+            raise InputError(f"{resolved.name!r} is measured, not searched: vlmprune.measure(model, policy, batches).")
         raise InputError(f"{resolved.name!r} has nothing to calibrate; apply it as it is.")
     samples = [dict(sample) for sample in data]
     if not samples:
         raise InputError("There are no samples to calibrate on; give the inputs of at least one prompt.")
     artefact = _new_artefact(resolved, family, samples, calls, seed)
     if output is not None:
-        _check_folder(output)
+        check_folder(output)
         if resume and Path(output).is_file():
             artefact.history = _history(artefact, output)
             for trial in artefact.history:
@@ -166,21 +164,16 @@ def _new_artefact(
 ) -> Artefact:
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
-        for name in sorted(sample):
-            value = sample[name]
-            digest.update(f"{name}={tensor_digest(value) if isinstance(value, Tensor) else value}\n".encode())
-    settings = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
-    settings = {name: value for name, value in settings.items() if name not in NOT_SEARCHED}
-    settings["keep"] = policy.budget.describe()
+        add_to_digest(digest, sample)
     return Artefact(
         policy=policy.name,
-        settings=json.loads(json.dumps(settings, default=str)),
+        settings=settings_of(policy),
         model=model_facts(family.info()),
         calls=calls,
         seed=seed,
         samples=len(samples),
         data=digest.hexdigest(),
-        versions={"vlmprune": __version__, **{name: found for name in PACKAGES if (found := _version(name))}},
+        versions=package_versions(PACKAGES),
     )
 
 
@@ -191,13 +184,7 @@ def _history(fresh: Artefact, output: str | Path) -> list[Trial]:
         InputError: it was another calibration.
     """
     earlier = read_artefact(output)
-    for name in ("policy", "settings", "model", "seed", "data"):
-        before, now = getattr(earlier, name), getattr(fresh, name)
-        if before != now:
-            raise InputError(
-                f"{str(output)!r} holds a calibration of another {name} ({before}, now {now}); choose another file, or "
-                "start anew with resume=False."
-            )
+    check_same(earlier, fresh, ("policy", "settings", "model", "seed", "data"), output)
     return earlier.history
 
 
@@ -205,15 +192,3 @@ def _take_result(artefact: Artefact, calibrator: Calibrator) -> None:
     found = calibrator.result()
     if found:
         artefact.best, artefact.value = dict(found["best"]), float(found["value"])
-
-
-def _check_folder(output: str | Path) -> None:
-    if not Path(output).resolve().parent.is_dir():
-        raise InputError(f"Folder {str(Path(output).parent)!r} for the artefact does not exist.")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

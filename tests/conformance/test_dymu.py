@@ -1,22 +1,37 @@
-"""Matching by threshold against `tests/golden/dymu.npz`, made with the authors' functions.
+"""DyMU against `tests/golden/dymu.npz`, made with the authors' functions.
 
-Golden kinds and settings: `single` -> `bipartite_match(threshold)` in the order `"tome"` (the authors' path for one
-image, which leaves tokens by rank without a class token); `batch` -> order `"position"`, even and odd positions given
-as `split` (that path does not stop at half of the tokens), padding marked in `valid`, and its division by
-`size + 1e-4` applied to our exact mean. The other kinds wait for the policy (`golden_io.PENDING_KINDS`).
+Golden kinds and settings, each through `DyMU.select` on a context: `single` -> `DyMU(thresholds, compat="official")` on
+one picture (without a class token it leaves tokens by rank); without `compat` the same groups in the order of
+positions. `batch` -> `compat="official"` on several pictures (no limit to half of the tokens), padding behind the
+tokens, and the authors' division by `size + 1e-4` applied to our exact mean. `calib` -> `DyMU(keep).measurement`, one
+block. `rs` -> `DyMU(keep, schedule).plan`, with and without `compat`. `single` and `batch` also run on both
+implementations of the kernel. `vtu` waits for the decoder's side (`golden_io.PENDING_KINDS`).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
+import contexts
 import pytest
 import torch
 from golden_io import Case
 from torch import Tensor
 
+from vlmprune.core.budget import Budget
+from vlmprune.core.info import ModelInfo
+from vlmprune.core.records import SiteRecord
+from vlmprune.core.selection import Selection
+from vlmprune.core.signals import KeyMean
+from vlmprune.core.sites import Site
 from vlmprune.kernels.bipartite import bipartite_match, merge_groups
 from vlmprune.kernels.gather import compose_groups, segment_merge
+from vlmprune.policies.dymu import DyMU
 
 BACKENDS = ("reference", "torch")
+COMPATS: tuple[Literal["official"] | None, ...] = (None, "official")
+SCHEDULES: tuple[Literal["constant", "linear", "reverse_linear"], ...] = ("constant", "linear", "reverse_linear")
 
 
 def tensor(array: object) -> Tensor:
@@ -85,3 +100,112 @@ def test_batch(case: Case, backend: str) -> None:
             for tokens, values in expected.items():
                 torch.testing.assert_close(got[tokens], values, atol=1e-5, rtol=0)
         size, valid, groups = size[..., 0], padding == 0, tracking.argmax(1)
+
+
+def tower(blocks: int, prefix: int) -> ModelInfo:
+    """A tower of so many blocks, all of which feed what comes next."""
+    return replace(
+        contexts.LLAVA, vision_depth=blocks, feature_block=blocks - 1, prefix_tokens=prefix, has_cls=prefix > 0
+    )
+
+
+def summed(selection: Selection, values: Tensor) -> Tensor:
+    """Sums over each output's tokens."""
+    return (replace(selection, mode="sum") if selection.group_id is not None else selection).apply(values)
+
+
+def tracking(groups: Tensor, count: int) -> Tensor:
+    """``[B, count, N]``: 1 where a token of the tower belongs to an output."""
+    return (groups[:, None] == torch.arange(count)[:, None]).long()
+
+
+@pytest.mark.golden("dymu", "single")
+@pytest.mark.parametrize("compat", COMPATS)
+def test_policy_on_one_picture(case: Case, compat: Literal["official"] | None) -> None:
+    x = tensor(case.inputs["x"])
+    n = x.shape[1]
+    size = tensor(case.inputs["size"])[..., 0] if "size" in case.inputs else None
+    prefix = case.integer("class_token")
+    policy = DyMU(thresholds=case.ratio("threshold"), compat=compat)
+    metric = {KeyMean(0): tensor(case.inputs["metric"])}
+    selection = policy.select(contexts.vision_block([n], 0, metric, tower(1, prefix), sizes=size))
+    want = tensor(case.outputs["pos_tracking"])
+    count = want.shape[1]
+    assert selection.out_counts() == (count,) and selection.n_outputs == count
+    groups = torch.arange(n)[None] if selection.group_id is None else selection.group_id
+    total = summed(selection, torch.ones(1, n, 1) if size is None else size[..., None])
+    mine = tracking(groups, count)
+    if compat == "official" or prefix:
+        assert torch.equal(mine, want)
+        torch.testing.assert_close(selection.apply(x), tensor(case.outputs["x"]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(total, tensor(case.outputs["size"]), atol=1e-5, rtol=0)
+        return
+    got = by_members(mine[0], selection.apply(x)[0], total[0])
+    expected = by_members(want[0], tensor(case.outputs["x"])[0], tensor(case.outputs["size"])[0])
+    assert got.keys() == expected.keys()
+    for tokens, values in expected.items():
+        torch.testing.assert_close(got[tokens], values, atol=1e-5, rtol=0)
+    even = [tokens for tokens in got if tokens[0] % 2 == 0 and len(tokens) == 1]
+    assert list(got)[: len(even)] == sorted(even)
+
+
+@pytest.mark.golden("dymu", "batch")
+def test_policy_on_a_batch(case: Case) -> None:
+    """Layer after layer; the next one starts from the authors' layout, for their sort may shuffle tokens."""
+    x = tensor(case.inputs["x"])
+    batch, n, _ = x.shape
+    size, lengths = torch.ones(batch, n), [n] * batch
+    groups = torch.arange(n).expand(batch, n)
+    thresholds = [round(float(value), 6) for value in case.params["thresholds"]]
+    policy, info = DyMU(thresholds=thresholds, compat="official"), tower(len(thresholds), case.integer("class_token"))
+    for layer in range(len(thresholds)):
+        metric = {KeyMean(layer): x @ tensor(case.inputs[f"w{layer}"])}
+        selection = policy.select(contexts.vision_block(lengths, layer, metric, info, sizes=size, entered=(n,) * batch))
+        assert selection.group_id is not None
+        total = summed(selection, size[..., None])
+        merged = selection.apply(x) * total / (total + 1e-4)
+        members = tracking(compose_groups(groups, selection.group_id), selection.n_outputs)
+        x, size, padding, sources = (
+            tensor(case.outputs[f"{name}{layer}"]) for name in ("x", "size", "padding", "pos_tracking")
+        )
+        lengths = (padding == 0).sum(1).tolist()
+        assert list(selection.out_counts()) == lengths and selection.n_outputs == x.shape[1]
+        for b in range(batch):
+            got = by_members(members[b], merged[b], total[b])
+            expected = by_members(sources[b], x[b], size[b])
+            assert got.keys() == expected.keys()
+            for tokens, values in expected.items():
+                torch.testing.assert_close(got[tokens], values, atol=1e-5, rtol=0)
+        # Tokens are followed by padding in the authors' layout, but their own ids are not a group per token.
+        size, groups = size[..., 0], sources.argmax(1)
+
+
+@pytest.mark.golden("dymu", "calib")
+def test_thresholds(case: Case) -> None:
+    want = case.outputs["batch_thresholds"]
+    batch, n, _ = case.inputs["metric0"].shape
+    info = tower(1, case.integer("class_token"))
+    keep = n - info.prefix_tokens - case.integer("r")
+    measurement = DyMU(keep=keep).measurement(info)
+    for number, value in enumerate(want):
+        metric = {KeyMean(0): tensor(case.inputs[f"metric{number}"])}
+        context = contexts.vision_block([n] * batch, 0, metric, info, keep)
+        selection = measurement.policy.select(context)
+        assert sum(context.lengths) - sum(selection.out_counts()) == batch * case.integer("r")
+        record = SiteRecord("dymu", Site.VISION_BLOCK, 0, "keep", context.sample, context.lengths, selection)
+        alone = DyMU(keep=keep).measurement(info)
+        for each in (alone, measurement):
+            each.update([record])
+        assert alone.means[0].mean == pytest.approx(float(value), abs=1e-6)
+    (mean,) = measurement.means
+    assert mean.count == len(want) and mean.mean == pytest.approx(float(case.outputs["threshold"]), abs=1e-6)
+    assert measurement.result().thresholds == (mean.mean,)
+
+
+@pytest.mark.golden("dymu", "rs")
+@pytest.mark.parametrize("compat", COMPATS)
+def test_schedules(case: Case, compat: Literal["official"] | None) -> None:
+    total, blocks = case.integer("r_total"), case.integer("layers")
+    n = 4 * total  # no block is asked for more than half of what it gets
+    policy = DyMU(keep=n - total, schedule=SCHEDULES[case.integer("schedule")], mode="instance", compat=compat)
+    assert policy.plan(tower(blocks, 0), Budget.parse(n - total), n) == tuple(case.outputs["r"].tolist())

@@ -20,17 +20,25 @@ def test_one_budget_on_a_few_questions(tmp_path: Path, monkeypatch: pytest.Monke
     [path] = compare.compare("tiny-llava", **budget)
     results = read_results(path)
     policies = {row.policy for row in results.rows}
-    assert policies == {"dense", *vlmprune.available()}
+    composed = {"+".join(names) for names in compare.COMPOSED}
+    assert policies == {"dense", *vlmprune.available(), *composed} - {"dymu"}  # dymu only where it was calibrated
     [searched] = results.select(policy="vflowopt", family="all")
     assert searched.params["artefact"].endswith("tiny-llava-vflowopt-0.11.json")
     assert not results.failed and all(row.prefill_ms is None for row in results.rows)
+
+    kept = [row for row in results.rows if row.policy not in ("grid", "dense")]
+    path.write_text(results.model_copy(update={"rows": tuple(kept)}).model_dump_json())
+    assert compare.compare("tiny-llava", **budget) == [path]
+    again = read_results(path)  # only what was missing was measured, and stands behind the rest
+    assert list(again.rows[: len(kept)]) == kept
+    assert {row.policy for row in again.rows[len(kept) :]} == {"grid", "dense"}
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("measured again")
 
     monkeypatch.setattr(compare, "evaluate", refuse)
     assert compare.compare("tiny-llava", **budget) == [path]
-    assert [file.rows for file in compare.read_all(tmp_path, "tiny-llava")] == [results.rows]
+    assert [file.rows for file in compare.read_all(tmp_path, "tiny-llava")] == [again.rows]
     assert compare.read_all(tmp_path, "tiny") == []
 
 

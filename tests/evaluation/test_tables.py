@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from result_rows import a_row, a_stamp
 
-from vlmprune.evaluation.tables import keep_text, render_grid, render_table
+from vlmprune.evaluation.tables import keep_text, render_grid, render_table, share_of
 
 DENSE = {
     "policy": "dense",
@@ -75,3 +75,17 @@ def test_a_grid_by_hand() -> None:
 def test_budgets() -> None:
     shown = [keep_text(keep) for keep in (0.22, 0.055, 1, "flops:0.4", [0.5, 12], None)]
     assert shown == ["22 %", "5.5 %", "1 tokens", "flops:0.4", "50 %, 12 tokens", "–"]
+
+
+def test_a_composition_stands_in_the_column_of_its_product() -> None:
+    rows = [
+        a_row(**DENSE),
+        a_row(policy="hiprune", keep=0.22, accuracy=0.7),
+        a_row(policy="tome+hiprune", keep=[0.5, 0.44], params={"tome": {}, "hiprune": {}}, accuracy=0.5),
+        a_row(policy="a+b", keep=[0.5, 49], params={"a": {}, "b": {"alpha": 1}}),
+    ]
+    head, _, *lines = render_grid(rows).splitlines()
+    assert cells(head) == ["policy", "100 %", "22 %"]
+    assert [cells(line)[0] for line in lines] == ["dense", "hiprune", "tome+hiprune"]
+    assert cells(lines[2])[2].startswith("50.0")
+    assert share_of([0.5, 0.44]) == 0.22 and share_of([0.5, 49]) is None and share_of("flops:0.5") is None

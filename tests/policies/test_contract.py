@@ -208,8 +208,12 @@ def test_requests(name: str, parameters: dict[str, Any]) -> None:
     policy = registry.create(name, **parameters)
     assert policy.reduces(contexts.LLAVA)
     requests = policy.requests(contexts.LLAVA)
-    assert requests and all(request.positions in ("keep", "compact") for request in requests)
-    assert all(request.positions == "keep" for request in policy.requests(contexts.QWEN))
+    virtual = getattr(policy, "unmerge", False)
+    assert requests and all(
+        request.positions in (("virtual",) if virtual else ("keep", "compact")) for request in requests
+    )
+    wide = "virtual" if virtual else "keep"
+    assert all(request.positions == wide for request in policy.requests(contexts.QWEN))
     forced = replace(policy, positions="compact")
     assert all(request.positions == "compact" for request in forced.requests(contexts.QWEN))
 

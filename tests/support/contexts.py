@@ -9,19 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.core.attention import DenseAttention
+from vlmprune.core.attention import DenseAttention, DenseHeads
 from vlmprune.core.budget import Budget
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy
 from vlmprune.core.selection import Selection
-from vlmprune.core.signals import Attention, ClsRow, ColumnMass, GroupMass, Projected, Signal
+from vlmprune.core.signals import (
+    Attention,
+    ClsRow,
+    ColumnMass,
+    GroupMass,
+    HeadAttention,
+    KeyMean,
+    Keys,
+    Projected,
+    Signal,
+)
 from vlmprune.core.sites import Site
 from vlmprune.core.views import View
 
 # Padding of features and scores: larger than any real value, so that a policy that looks at it goes wrong.
 PADDING = 1e4
 WIDTH = 16
+HEADS = 2
 
 ALL_SITES = frozenset({Site.IMAGE, Site.VISION_BLOCK, Site.POST_ENCODER, Site.DECODER_LAYER})
 
@@ -30,12 +41,16 @@ LLAVA = ModelInfo(
     family="llava",
     model_class="LlavaForConditionalGeneration",
     sites=ALL_SITES,
-    signals=frozenset({Attention, ColumnMass, ClsRow, Projected, GroupMass}),
+    signals=frozenset({Attention, ColumnMass, ClsRow, Projected, GroupMass, KeyMean, HeadAttention, Keys}),
     vision_depth=24,
     text_depth=32,
     feature_block=22,
     has_cls=True,
+    prefix_tokens=1,
     text_hidden=WIDTH,
+    vision_hidden=WIDTH,
+    vision_heads=HEADS,
+    vision_ffn=4 * WIDTH,
 )
 # Qwen2.5-VL: no CLS, 2 x 2 merger, multi-axis positions.
 QWEN = replace(
@@ -46,7 +61,9 @@ QWEN = replace(
     text_depth=28,
     feature_block=31,
     has_cls=False,
+    prefix_tokens=0,
     merge_unit=4,
+    vision_gated=True,
     mrope=True,
     full_attention_blocks=(7, 15, 23, 31),
 )
@@ -161,6 +178,60 @@ def decoder(
         position=torch.where(valid, index + 1, -1),
         sample=tuple(range(len(lengths))),
     )
+
+
+def vision_block(
+    lengths: Sequence[int],
+    layer: int,
+    signals: Mapping[Signal, Any] | None = None,
+    info: ModelInfo = LLAVA,
+    keep: Any = 1.0,
+    **fields: Any,
+) -> Context:
+    """A context inside the tower, one view per sample.
+
+    Args:
+        lengths: tokens per item, prefix included, as it enters the tower and, unless ``entered`` says otherwise, now.
+        layer: block.
+        signals: padded values.
+        fields: other fields of the context.
+    """
+    valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    given = {"prefix": info.prefix_tokens, "entered": tuple(lengths), "sample": tuple(range(len(lengths)))}
+    return Context(
+        site=Site.VISION_BLOCK,
+        info=info,
+        budget=Budget.parse(keep),
+        lengths=tuple(lengths),
+        valid=valid,
+        layer=layer,
+        signals=signals or {},
+        **{**given, **fields},
+    )
+
+
+def tower_signals(signals: Sequence[Signal], lengths: Sequence[int], seeds: Sequence[int]) -> dict[Signal, Any]:
+    """Random values of what a policy asks for inside the tower; item i's depend on its seed only."""
+    found: dict[Signal, Any] = {}
+    for number, signal in enumerate(signals):
+        draws = [torch.Generator().manual_seed(97 * seed + number) for seed in seeds]
+        if isinstance(signal, HeadAttention):
+            heads = [_heads(n, draw) for n, draw in zip(lengths, draws, strict=True)]
+            most = max(lengths)
+            padded = torch.full((len(heads), HEADS, most, most), PADDING)
+            for target, matrix in zip(padded, heads, strict=True):
+                target[:, : matrix.shape[1], : matrix.shape[1]] = matrix
+            found[signal] = DenseHeads(padded)
+        else:
+            channels = WIDTH // HEADS if isinstance(signal, KeyMean) else WIDTH
+            found[signal] = pad([torch.randn(n, channels, generator=d) for n, d in zip(lengths, draws, strict=True)])
+    return found
+
+
+def _heads(n: int, generator: torch.Generator) -> Tensor:
+    """Attention ``[H, n, n]`` of several heads, all of them uneven."""
+    favour = torch.randn(HEADS, 1, n, generator=generator)
+    return (favour + torch.randn(HEADS, n, n, generator=generator)).softmax(2)
 
 
 def random_signals(

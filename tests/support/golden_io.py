@@ -70,9 +70,7 @@ KINDS: Mapping[str, KindRule] = MappingProxyType(
 PENDING_KINDS: frozenset[tuple[str, str]] = frozenset(
     {
         ("kernels", "dpp"),
-        *(("tome", kind) for kind in ("kth", "parse", "propattn", "vit")),
-        *(("dymu", kind) for kind in ("calib", "rs", "vtu")),
-        *(("zero_tprune", kind) for kind in ("early", "reference")),
+        ("dymu", "vtu"),
     }
 )
 

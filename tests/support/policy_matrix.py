@@ -17,6 +17,11 @@ import pytest
 MATRIX: dict[str, tuple[dict[str, Any], ...]] = {
     "divprune": ({"keep": 0.3}, {"keep": 4, "newline": "protect"}),
     "downsample": ({"keep": 0.25}, {"factor": 3.0, "jpeg": True}),
+    "dymu": (
+        {"thresholds": 0.5},
+        {"thresholds": 0.2, "unmerge": False},
+        {"keep": 0.5, "mode": "instance", "schedule": "linear", "unmerge": False},
+    ),
     "fastv": (
         {"keep": 0.3},
         {"keep": 4, "layer": 3},
@@ -35,6 +40,11 @@ MATRIX: dict[str, tuple[dict[str, Any], ...]] = {
         {"keep": 0.5, "tau": 2.0, "check_layers": 0.5, "variant": "k_center", "pivot": "center"},
         {"keep": 1.0, "tau": 2.0, "check_layers": (0, 2)},
     ),
+    "tome": (
+        {"keep": 0.4},
+        {"r": 1, "inflect": -1.0},
+        {"r": (2, 1), "order": "original", "prop_attn": False, "matching": "random"},
+    ),
     "transprune": (
         {"keep": 0.25},
         {"keep": 4, "alpha": 0.3, "direction": "abs", "positions": "keep"},
@@ -45,6 +55,19 @@ MATRIX: dict[str, tuple[dict[str, Any], ...]] = {
         {"keep": 0.3},
         {"keep": 4, "preset": "released", "t": 0.0, "a": 2.0},
         {"keep": 0.4, "r1": 0.6, "r2": 0.7, "a": 1.5},
+    ),
+    "zero_tprune": (
+        {"keep": 0.4},
+        {"keep_rates": (1.0, 0.6), "layers": (1, 2), "s_prune": (1, 0), "partition": "random", "features": "mean"},
+        {
+            "keep": 0.6,
+            "layers": (0.5,),
+            "s_prune": 1,
+            "iters": 3,
+            "metric": "euclidean",
+            "fusion": "scores",
+            "tau": 0.5,
+        },
     ),
 }
 

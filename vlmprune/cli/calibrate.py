@@ -1,11 +1,11 @@
-"""``vlmprune calibrate``: search a policy's parameters on a model."""
+"""``vlmprune calibrate``: search a policy's parameters on a model, or measure them."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +13,14 @@ import typer
 
 from vlmprune.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ParamOption, load, parse_parameters
 from vlmprune.cli.output import print_error, print_json, print_table, print_text
+from vlmprune.cli.progress import progress_bar
 from vlmprune.core.errors import InputError, VlmpruneError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlmprune.calibration import Progress
+    from vlmprune.core.artefact import Artefact
+    from vlmprune.core.policy import Policy
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 DEFAULT_PROMPT = "Describe the image."
@@ -26,49 +28,52 @@ OTHER_SCENES = 900_000
 """Added to the seed of a task's questions, so that generated ones are not those that `eval` asks."""
 
 
+SEARCH_SAMPLES, MEASURE_SAMPLES = 30, 4096
+
+
 def calibrate(
-    policy: Annotated[str, typer.Argument(help="A policy that can be calibrated, such as vflowopt.")],
+    policy: Annotated[str, typer.Argument(help="A policy that can be calibrated, such as vflowopt or dymu.")],
     output: Annotated[Path, typer.Option(help="JSON file for the result; an unfinished run goes on from it.")],
     model: ModelOption = "tiny-llava",
-    keep: Annotated[str, typer.Option(help="Budget to search for, a share.")] = "0.25",
-    images: Annotated[Path | None, typer.Option(help="Folder of pictures; without it --task is used.")] = None,
-    prompt: Annotated[str, typer.Option(help="Question about each picture of --images.")] = DEFAULT_PROMPT,
-    task: Annotated[str, typer.Option(help="Task whose questions are used, without their answers.")] = "scenes",
-    samples: Annotated[int, typer.Option(min=1, help="Prompts.")] = 30,
-    calls: Annotated[int, typer.Option(min=1, help="Settings to try.")] = 50,
+    keep: Annotated[str, typer.Option(help="Budget to calibrate for.")] = "0.25",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures; without it --task is used, or training scenes for dymu.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Prompts of a search (30), most pictures of a measurement (4096).", show_default=False
+        ),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Search: question about each picture of --images.")] = DEFAULT_PROMPT,
+    task: Annotated[str, typer.Option(help="Search: task whose questions are used, without answers.")] = "scenes",
+    calls: Annotated[int, typer.Option(min=1, help="Search: settings to try.")] = 50,
+    batch: Annotated[int, typer.Option(min=2, help="Measurement: pictures that are pooled.")] = 16,
+    tolerance: Annotated[float, typer.Option(help="Measurement: standard error of each mean at which it ends.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of the search and of the choice of samples.")] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew even if the file holds calls.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew even if the file holds a run.")] = False,
     param: ParamOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Search a policy's parameters: what changes the model's next word least. Exit code 1 if a run fails."""
+    """Calibrate a policy on a model: search what changes its next word least (vflowopt), or measure its tower (dymu).
+
+    Exit code 1 if a run fails.
+    """
+    from vlmprune.cli import measure
     from vlmprune.cli.options import build_policy
 
-    # What can be checked without the model comes first.
     chosen = build_policy(policy, keep, parse_parameters(param))
-    prompts = _pictures(images, prompt, samples, seed) if images is not None else _questions(task, samples, seed)
-    vlm, processor = load(model, dtype, device)
-
-    from vlmprune.calibration import calibrate as run_calibration
-    from vlmprune.demos.compare import chat_prompt
-    from vlmprune.evaluation.prompts import encode
-
-    data = [encode(vlm, processor, [chat_prompt(processor, text)], [[picture]]) for text, picture in prompts]
     try:
-        with _bar(sys.stderr.isatty(), calls) as progress:
-            found = run_calibration(
-                vlm,
-                chosen,
-                data,
-                processor=processor,
-                calls=calls,
-                seed=seed,
-                output=output,
-                resume=not fresh,
-                progress=progress,
-            )
+        if chosen.measured:
+            options = measure.Options(samples or MEASURE_SAMPLES, batch, tolerance, seed, fresh)
+            measure.run(chosen, model, partial(load, model, dtype, device), images, output, options, as_json)
+            return
+        # What can be checked without the model comes first.
+        number = samples or SEARCH_SAMPLES
+        prompts = _pictures(images, prompt, number, seed) if images is not None else _questions(task, number, seed)
+        found = _search(chosen, load(model, dtype, device), prompts, calls, seed, output, fresh)
     except VlmpruneError:
         raise
     except RuntimeError as error:
@@ -82,6 +87,54 @@ def calibrate(
     print_text(f"Use it: vlmprune.apply(model, {policy!r}, keep={keep}, artefact={str(output)!r})")
 
 
+def _search(
+    policy: Policy,
+    loaded: tuple[Any, Any],
+    prompts: list[tuple[str, Any]],
+    calls: int,
+    seed: int,
+    output: Path,
+    fresh: bool,
+) -> Artefact:
+    """Search with a progress bar."""
+    from vlmprune.calibration import calibrate as run_calibration
+    from vlmprune.demos.compare import chat_prompt
+    from vlmprune.evaluation.prompts import encode
+
+    model, processor = loaded
+    data = [encode(model, processor, [chat_prompt(processor, text)], [[picture]]) for text, picture in prompts]
+    with progress_bar(sys.stderr.isatty(), calls, "dense model") as advance:
+        return run_calibration(
+            model,
+            policy,
+            data,
+            processor=processor,
+            calls=calls,
+            seed=seed,
+            output=output,
+            resume=not fresh,
+            progress=None if advance is None else partial(_shown, advance),
+        )
+
+
+def _shown(advance: Callable[[int, str], None], done: int, total: int, value: float, best: float) -> None:
+    advance(done, f"best {best:.4f}")
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures of a folder, by name.
+
+    Raises:
+        InputError: no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"Image folder {str(folder)!r} does not exist.")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise InputError(f"Image folder {str(folder)!r} holds no picture ({', '.join(SUFFIXES)}).")
+    return files
+
+
 def _pictures(folder: Path, prompt: str, samples: int, seed: int) -> list[tuple[str, Image.Image]]:
     """The same question about some of a folder's pictures.
 
@@ -90,11 +143,7 @@ def _pictures(folder: Path, prompt: str, samples: int, seed: int) -> list[tuple[
     """
     from vlmprune.loading import open_image
 
-    if not folder.is_dir():
-        raise InputError(f"Image folder {str(folder)!r} does not exist.")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise InputError(f"Image folder {str(folder)!r} holds no picture ({', '.join(SUFFIXES)}).")
+    files = picture_files(folder)
     if len(files) > samples:
         files = sorted(random.Random(seed).sample(files, samples))
     return [(prompt, open_image(path)) for path in files]
@@ -108,27 +157,3 @@ def _questions(name: str, samples: int, seed: int) -> list[tuple[str, Any]]:
     task = load_task(name)
     docs = task.load_docs(OTHER_SCENES + seed, samples)
     return [(task.text(doc, STYLE), task.doc_to_visual(doc)[0]) for doc in docs]
-
-
-@contextmanager
-def _bar(shown: bool, calls: int) -> Iterator[Progress | None]:
-    """A progress bar on standard error with the best value so far, or nothing."""
-    if not shown:
-        yield None
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("dense model", total=calls)
-
-        def advance(done: int, total: int, value: float, best: float) -> None:
-            bar.update(task, completed=done, total=total, description=f"best {best:.4f}")
-
-        yield advance

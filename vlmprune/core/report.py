@@ -10,6 +10,7 @@ import torch
 
 from vlmprune.core.errors import InputError
 from vlmprune.core.records import ImageRecord, SiteRecord
+from vlmprune.core.report_summary import summarise
 from vlmprune.core.source_map import SourceMap
 
 __all__ = ["ImageRecord", "Report", "SiteRecord"]
@@ -29,6 +30,8 @@ class Report:
             they mean for the LLM's tokens is the first of ``sites``.
         tower_attended, tower_passed: mean tokens per item in the attention and in the MLP of every tower block;
             empty where nothing acts there.
+        tower_flops, tower_flops_dense: FLOPs of the tower's blocks over all images, reduced and unreduced, by
+            :func:`vlmprune.core.flops.tower_flops`; None where they are not known.
         text_depth: decoder layers.
         lengths_per_layer: tokens per row that each decoder layer worked on, text and padding included.
         decoder_flops, decoder_flops_dense: FLOPs of the decoder layers over the prompt, pruned and unpruned, by
@@ -45,9 +48,11 @@ class Report:
     prompt_tokens: int = 0
     images: tuple[ImageRecord, ...] = ()
     sites: list[SiteRecord] = field(default_factory=list)
-    tower_sites: list[SiteRecord] = field(default_factory=list)
+    tower_sites: tuple[SiteRecord, ...] = ()
     tower_attended: tuple[float, ...] = ()
     tower_passed: tuple[float, ...] = ()
+    tower_flops: float | None = None
+    tower_flops_dense: float | None = None
     text_depth: int = 0
     lengths_per_layer: tuple[int, ...] = ()
     decoder_flops: float | None = None
@@ -151,7 +156,7 @@ class Report:
 
     def take_tower(self, records: Sequence[SiteRecord], attended: Sequence[float], passed: Sequence[float]) -> None:
         """Write down what happened inside the tower."""
-        self.tower_sites += records
+        self.tower_sites = (*self.tower_sites, *records)
         self.tower_attended, self.tower_passed = tuple(attended), tuple(passed)
 
     def take_notes(self) -> None:
@@ -161,26 +166,7 @@ class Report:
 
     def summary(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "model": self.model_class,
-            "policy": self.policy,
-            "visual_tokens": list(self.visual_tokens),
-            "kept_tokens": list(self.kept_tokens),
-            "mean_kept_layers": self.mean_kept_layers,
-            "layers_used": self.layers_used,
-            "tower_sites": [record.summary() for record in self.tower_sites],
-            "tower_attended": list(self.tower_attended),
-            "tower_passed": list(self.tower_passed),
-            "sites": [record.summary() for record in self.sites],
-            "lengths_per_layer": list(self.lengths_per_layer),
-            "decoder_flops": self.decoder_flops,
-            "decoder_flops_dense": self.decoder_flops_dense,
-            "kv_bytes": self.kv_bytes,
-            "kv_bytes_dense": self.kv_bytes_dense,
-            "kv_bytes_per_layer": None if self.kv_bytes_per_layer is None else list(self.kv_bytes_per_layer),
-            "geometry": self.geometry,
-            "warnings": self.warnings,
-        }
+        return summarise(self)
 
     def _check_sample(self, sample: int) -> None:
         if not 0 <= sample < self.n_samples:

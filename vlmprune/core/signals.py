@@ -11,25 +11,44 @@ of all items with ``P`` patches each (``context.encoder_items``); ``context.to_t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-Stack = Literal["vision", "text"]
+from vlmprune.core.signal import Signal, Stack
+from vlmprune.core.text_signals import (
+    AttentionRows,
+    DecodeRows,
+    FinalNorm,
+    GroupMass,
+    ModuleTransition,
+    ProbeAttention,
+)
 
-
-@dataclass(frozen=True)
-class Signal:
-    """Base of all signals. One that is missing is an error at ``apply`` unless it is ``optional``."""
-
-    per_token: ClassVar[bool] = True
-    """True if the delivered tensor is ``[I, N, ...]``, so that selections re-index it."""
-
-    optional: bool = field(default=False, kw_only=True)
-
-    @property
-    def stack_name(self) -> Stack:
-        """The stack that the signal is read from."""
-        return getattr(self, "stack", "text")
+__all__ = [
+    "Attention",
+    "AttentionRows",
+    "ClsLogits",
+    "ClsRow",
+    "ColumnMass",
+    "DecodeRows",
+    "FinalNorm",
+    "GroupMass",
+    "HeadAttention",
+    "Hidden",
+    "JointEmbeddings",
+    "KeyMean",
+    "Keys",
+    "ModuleTransition",
+    "Pixels",
+    "PreProjector",
+    "ProbeAttention",
+    "Projected",
+    "Projector",
+    "QK",
+    "Signal",
+    "Stack",
+    "TextEmbeddings",
+]
 
 
 @dataclass(frozen=True)
@@ -154,66 +173,3 @@ class Pixels(Signal):
 
     per_token: ClassVar[bool] = False
     stack: ClassVar[Stack] = "vision"
-
-
-@dataclass(frozen=True)
-class AttentionRows(Signal):
-    """Rows of the attention over the visual tokens, ``[I, R, N]``.
-
-    ``rows``: ``"last"`` (last real token of the prompt), ``"text_after"`` (all text after the first image; R
-    is padded with zeros), or explicit positions in the current sequence.
-    """
-
-    per_token: ClassVar[bool] = False
-    stack: Stack
-    layer: int
-    rows: Literal["last", "text_after"] | tuple[int, ...] = "last"
-
-
-@dataclass(frozen=True)
-class ProbeAttention(Signal):
-    """Rows of the attention over the visual tokens, ``[I, R, N]``, in the *coming* layer: the one before which the
-    tokens are cut, by its own norm, projections, rotary tables and mask, on the tokens as they are before the cut;
-    ``rows`` as in :class:`AttentionRows`."""
-
-    per_token: ClassVar[bool] = False
-    layer: int
-    rows: Literal["last", "text_after"] = "last"
-
-
-@dataclass(frozen=True)
-class GroupMass(Signal):
-    """Attention mass between groups, ``[I, 2, 3]``: rows text, visual; columns system, text, visual.
-
-    System: before the first visual token. Text: every other token that is not visual. Padding: in no group.
-    """
-
-    per_token: ClassVar[bool] = False
-    layer: int
-
-
-@dataclass(frozen=True)
-class ModuleTransition(Signal):
-    """Norm ratio and cosine between a module's input and output, a :class:`~vlmprune.core.transition.Transition`.
-
-    The input is what the module is given, behind its norm; the output is what is added to the residual stream
-    (behind a second norm, where the layer has one).
-    """
-
-    per_token: ClassVar[bool] = False
-    layer: int
-    module: Literal["attn", "mlp"]
-
-
-@dataclass(frozen=True)
-class FinalNorm(Signal):
-    """The LLM's final norm, a callable."""
-
-    per_token: ClassVar[bool] = False
-
-
-@dataclass(frozen=True)
-class DecodeRows(Signal):
-    """Attention of the newest decoded token over the stored prompt tokens, ``[I, N]``."""
-
-    layer: int
