@@ -75,11 +75,6 @@ class VisionEngine:
         return self.family.tower
 
     @property
-    def tower_sites(self) -> tuple[SiteRecord, ...]:
-        """The selections of the last run."""
-        return () if self.report is None else self.report.tower_sites
-
-    @property
     def hook_ids(self) -> frozenset[int]:
         """Ids of our hooks in the modules' tables."""
         return self._hooks.ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_prompts import FamilyPrompt, prefill
+from family_prompts import FamilyPrompt
 from family_runs import (
     DEPTH,
     FAMILIES,
@@ -18,7 +18,6 @@ from family_runs import (
 )
 from fixed_policy import FixedGroups, FixedKeep
 from llava_prompts import pick_tokens
-from prompt_styles import STYLES
 from torch import Tensor, nn
 from virtual_reference import Groups, group_places, pick_groups, unique, unmerged
 
