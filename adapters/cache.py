@@ -1,55 +1,23 @@
 """A KV cache that knows which prompt tokens it holds.
 
 Two-faced length: outside the text model (``generate``, mask builders) lengths are those of the unpruned sequence;
-inside it they are what is stored.
+inside it they are what is stored, unless stored tokens stand at several places of the sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from vlmprune.adapters.expansion import Expansion, VirtualPrompt
+from vlmprune.adapters.tokens import LayerTokens, change_shared
 from vlmprune.core.errors import UnsupportedError
 
 PRUNED = "This KV cache was pruned; a dense run, or one after handle.remove(), needs a fresh one."
-
-
-@dataclass(frozen=True, eq=False)
-class LayerTokens:
-    """Which prompt tokens a run of layers works on.
-
-    Attributes:
-        index: ``[B, n]`` int64 places in the unpruned prompt, ascending; fillers (on the left) repeat a real token.
-        valid: ``[B, n]`` bool; False for fillers and padding.
-        full: every entry of ``valid`` is True, known on the host.
-        shift: ``[B]`` what later tokens' positions are reduced by, None for nothing.
-    """
-
-    index: Tensor
-    valid: Tensor
-    full: bool
-    shift: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Stored tokens per row."""
-        return self.index.shape[1]
-
-    def rows(self, index: Tensor) -> LayerTokens:
-        """The same for other batch rows (beam reordering, repetition)."""
-        index = index.to(self.index.device)
-        shift = None if self.shift is None else self.shift[index]
-        return LayerTokens(self.index[index], self.valid[index], self.full, shift)
-
-    def without_last(self, count: int) -> LayerTokens:
-        """The same without the last ``count`` tokens."""
-        n = self.length - count
-        return LayerTokens(self.index[:, :n], self.valid[:, :n], self.full, self.shift)
 
 
 @dataclass
@@ -61,12 +29,39 @@ class PromptState:
         layers: what each layer stores of them.
         inside: the text model runs, so lengths are those of what is stored.
         tail: last tokens of the prompt that every layer stores: the text after the last image of any row.
+        virtual: where merged tokens stand, if at several places. The text model then runs at the length of the
+            unpruned sequence, too.
     """
 
     length: int
     layers: list[LayerTokens] = field(default_factory=list)
     inside: bool = False
     tail: int = 0
+    virtual: VirtualPrompt | None = None
+
+    @property
+    def short(self) -> bool:
+        """The text model runs on what is stored."""
+        return self.inside and self.virtual is None
+
+    @property
+    def given(self) -> LayerTokens:
+        """Prompt tokens of the sequence that the text model is given."""
+        return self.layers[0] if self.virtual is None else self.virtual.whole
+
+    def seen(self, layer: int) -> LayerTokens:
+        """Prompt tokens, or places, that a layer's attention is over."""
+        return self.layers[layer] if self.virtual is None else self.virtual.layers[layer].places
+
+    def as_given(self, layer: int) -> bool:
+        """True if that is what the text model is given."""
+        return self.layers[layer] is self.layers[0] if self.virtual is None else self.virtual.layers[layer].whole
+
+    def store(self, layer: int, tokens: LayerTokens, expansion: Expansion | None) -> None:
+        """Set what a layer stores, and where it stands."""
+        self.layers[layer] = tokens
+        if self.virtual is not None and expansion is not None:
+            self.virtual.layers[layer] = expansion
 
     def dropped(self, layer: int) -> int:
         """Prompt tokens that ``layer`` does not store."""
@@ -74,21 +69,17 @@ class PromptState:
 
     def select_rows(self, index: Tensor) -> None:
         """Follow a change of batch rows."""
-        self._change(lambda tokens: tokens.rows(index))
+        change_shared(self.layers, lambda tokens: tokens.rows(index))
+        if self.virtual is not None:
+            self.virtual.select_rows(index)
 
     def cut_tail(self, count: int) -> None:
         """Forget the last ``count`` tokens of the prompt."""
         self.length -= count
         self.tail -= count
-        self._change(lambda tokens: tokens.without_last(count))
-
-    def _change(self, change: Callable[[LayerTokens], LayerTokens]) -> None:
-        """Change all layers; those that share tokens go on sharing them."""
-        changed: dict[int, LayerTokens] = {}
-        for i, tokens in enumerate(self.layers):
-            if id(tokens) not in changed:
-                changed[id(tokens)] = change(tokens)
-            self.layers[i] = changed[id(tokens)]
+        change_shared(self.layers, lambda tokens: tokens.without_last(count))
+        if self.virtual is not None:
+            self.virtual.cut_tail(count)
 
 
 class PrunedDynamicCache(DynamicCache):
@@ -108,7 +99,7 @@ class PrunedDynamicCache(DynamicCache):
         return cache  # type: ignore[return-value]
 
     def _outside(self, layer: int) -> int:
-        return 0 if self.prompt.inside or not self._filled(layer) else self.prompt.dropped(layer)
+        return 0 if self.prompt.short or not self._filled(layer) else self.prompt.dropped(layer)
 
     def _filled(self, layer: int) -> bool:
         return self.stored(layer) > 0
@@ -126,14 +117,17 @@ class PrunedDynamicCache(DynamicCache):
         """Tokens that ``layer`` holds beyond the prompt."""
         return self.stored(layer) - (self.prompt.layers[layer].length if self.prompt.layers else 0)
 
-    def hold(self, layer: int, places: Tensor, tokens: LayerTokens) -> None:
-        """Keep only the keys and values at ``places [B, n]`` of a layer; they belong to the prompt's ``tokens``."""
+    def hold(self, layer: int, places: Tensor, tokens: LayerTokens, expansion: Expansion | None = None) -> None:
+        """Keep only the keys and values at ``places [B, n]`` of a layer; they belong to the prompt's ``tokens``, with
+        the positions that they have."""
         store = self.layers[layer]
         index = places[:, None, :, None].expand(-1, store.keys.shape[1], -1, store.keys.shape[3])
         store.keys, store.values = store.keys.gather(2, index), store.values.gather(2, index)
         if hasattr(store, "cumulative_length"):  # layers with a sliding window count what they have seen
             store.cumulative_length = places.shape[1]
-        self.prompt.layers[layer] = tokens
+        if expansion is not None and self.prompt.virtual is not None:
+            expansion = replace(expansion, numbering=self.prompt.virtual.layers[layer].numbering)
+        self.prompt.store(layer, tokens, expansion)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if self.prompt.layers and not self.prompt.inside:

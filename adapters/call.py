@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.adapters.cache import LayerTokens, PrunedDynamicCache
+from vlmprune.adapters.cache import PrunedDynamicCache
+from vlmprune.adapters.expansion import Expansion, Key, Tables
 from vlmprune.adapters.layout import PromptLayout
+from vlmprune.adapters.tokens import LayerTokens
 from vlmprune.core.randomness import item_seed
 from vlmprune.core.report import Report
 from vlmprune.core.selection import Selection
@@ -27,16 +29,19 @@ class Prefill:
         image_id: ``[B, L]`` image of a visual token in its row, -1 for text and padding.
         real: ``[B, L]`` bool, not padding.
         positions: incoming position ids ``[..., B, L]``.
-        base: tokens that layer 0 works on; ``tokens``: those of the current layer.
-        relative: ``[B, n]`` place of the current tokens in layer 0's sequence, None while they are the same.
+        whole: all places of the prompt; ``tokens``: what the current layer works on.
+        relative: ``[B, n]`` place of the current tokens, or of what attention is over, in the text model's sequence;
+            None while they are the same.
         removed: ``[B, L]`` bool, dropped at a site with compact positions.
         visual: visual tokens left per row, known on the host.
-        lengths: tokens per row that each decoder layer works on.
+        lengths: tokens per row that each decoder layer works on; ``attended``: that its attention is over.
         entered: tokens of each image of the layout as they entered the decoder; empty for those of the layout.
         fields: carried per-token values ``[B, L, ...]``.
         signals: text signals recorded so far, each with the tokens that it is over.
         stage: keyword arguments prepared for the current tokens, per type of layer.
-        renumbered: positions changed since layer 0.
+        numbering: how often positions were closed up.
+        virtual: ``[B, L]`` place of the token that stands at each place, None unless tokens are unmerged virtually;
+            ``expansion``: the current tokens' places then, ``tables``: rotary tables of the prompt.
         deepstack: levels of features to add after the first layers.
         contents: what seeds the draw of each image of the layout; empty where no policy draws.
     """
@@ -46,20 +51,39 @@ class Prefill:
     image_id: Tensor
     real: Tensor
     positions: Tensor
-    base: LayerTokens
+    whole: LayerTokens
     tokens: LayerTokens
     removed: Tensor
     visual: list[int]
     lengths: list[int] = field(default_factory=list)
+    attended: list[int] = field(default_factory=list)
     cache: PrunedDynamicCache | None = None
     relative: Tensor | None = None
     fields: dict[str, Tensor] = field(default_factory=dict)
     signals: dict[Signal, tuple[LayerTokens, Any]] = field(default_factory=dict)
     stage: dict[str, dict[str, Any]] = field(default_factory=dict)
-    renumbered: bool = False
+    numbering: int = 0
+    virtual: Tensor | None = None
+    expansion: Expansion | None = None
+    tables: dict[Key, Tables] = field(default_factory=dict)
     deepstack: int = 0
     contents: tuple[str, ...] = ()
     entered: tuple[int, ...] = ()
+
+    @property
+    def is_virtual(self) -> bool:
+        """True if merged tokens stand at several places."""
+        return self.virtual is not None
+
+    @property
+    def renumbered(self) -> bool:
+        """Positions changed since the text model was given them."""
+        return self.numbering > 0
+
+    @property
+    def seen(self) -> LayerTokens:
+        """What the attention of the current layer is over: its tokens, or the places where these stand."""
+        return self.tokens if self.expansion is None else self.expansion.places
 
     @property
     def text(self) -> list[int]:
@@ -96,6 +120,11 @@ class Prefill:
         positions = self.positions - before
         return positions.gather(-1, tokens.index.expand(*positions.shape[:-1], -1))
 
+    def close_up(self, dropped: Tensor) -> None:
+        """Number positions as if the tokens ``dropped [B, L]`` had never been there, at none of their places."""
+        self.removed = self.removed | (dropped if self.virtual is None else dropped.gather(1, self.virtual))
+        self.numbering += 1
+
     def shift(self) -> Tensor:
         """``[B]`` what later positions are reduced by."""
         return self.removed.sum(1)
@@ -128,6 +157,8 @@ class Decode:
         positions: incoming position ids ``[..., B, q]``.
         queries, total: new tokens, and length of the unpruned sequence with them.
         prepared: keyword arguments per run of layers that share tokens, and type of layer.
+        mappings, tables: of merged tokens that stand at several places: token at each place per run of layers, and
+            rotary tables of the sequence with the new tokens.
     """
 
     cache: PrunedDynamicCache
@@ -136,6 +167,26 @@ class Decode:
     queries: int
     total: int
     prepared: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
+    mappings: dict[int, Tensor] = field(default_factory=dict)
+    tables: dict[Key, Tables] = field(default_factory=dict)
+
+    @property
+    def is_virtual(self) -> bool:
+        """True if stored tokens stand at several places."""
+        return self.cache.prompt.virtual is not None
+
+    def mapping(self, expansion: Expansion, stored: int, new: int) -> Tensor:
+        """Token at each place, for a layer that holds ``stored`` prompt tokens and ``new`` ones behind them."""
+        if id(expansion) not in self.mappings:
+            self.mappings[id(expansion)] = expansion.with_new(stored, new)
+        return self.mappings[id(expansion)]
+
+    def all_tables(self, key: Key, new: Tables) -> Tables:
+        """Rotary tables of the sequence, given those of this forward's tokens."""
+        assert self.cache.prompt.virtual is not None
+        if key not in self.tables:
+            self.tables[key] = self.cache.prompt.virtual.extend(key, new, self.total - self.queries)
+        return self.tables[key]
 
     def columns(self, tokens: LayerTokens) -> Tensor:
         """``[B, n + generated + q]`` places of a layer's keys in the unpruned sequence."""

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.adapters import masks
-from vlmprune.adapters.cache import LayerTokens
+from vlmprune.adapters import masks, virtual
 from vlmprune.adapters.call import Decode, Prefill
+from vlmprune.adapters.expansion import table_rows
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.prompt import packed_tokens, scatter_true, write_tokens
 from vlmprune.adapters.sites import Step, run_step, site_signals
+from vlmprune.adapters.tokens import LayerTokens, places_of
 from vlmprune.core import signals as s
 from vlmprune.core.context import Context
 from vlmprune.core.errors import SignalError
@@ -106,7 +107,8 @@ def cut(step: Step, call: Prefill, hidden: Tensor, info: ModelInfo, norm: nn.Mod
     selection = run_step(step, context, call.report.sites)
     hidden, local = apply_cut(step, call, selection, hidden, rows, places, context)
     if local is not None:
-        call.relative = local if call.relative is None else call.relative.gather(1, local)
+        if not call.is_virtual:
+            call.relative = local if call.relative is None else call.relative.gather(1, local)
         call.stage = {}
     return hidden
 
@@ -132,21 +134,16 @@ def apply_cut(
     before = scatter_true(shape, rows, original, context.valid)
     after = scatter_true(shape, rows, original.gather(1, anchors.clamp_min(0)), stay)
     if step.request.positions == "compact":
-        call.removed = call.removed | (before & ~after)
-        call.renumbered = True
+        call.close_up(before & ~after)
     for row, count in zip(context.sample, counts, strict=True):
         call.visual[row] = count
     all_rows = torch.arange(shape[0], device=hidden.device)
     present = scatter_true(shape, all_rows, tokens.index, tokens.valid)
     call.tokens = packed_tokens(call, present & ~(before & ~after))
     local = places_of(call.tokens.index, tokens)
+    if call.is_virtual:
+        virtual.spread(call)
     return gather_tokens(hidden, local), local
-
-
-def places_of(original: Tensor, tokens: LayerTokens) -> Tensor:
-    """Where the prompt places ``original [B, n]`` stand among ``tokens``; fillers stand before what they repeat."""
-    found = torch.searchsorted(tokens.index.contiguous(), original.contiguous(), right=True)
-    return (found - 1).clamp_min(0)
 
 
 def prefill_kwargs(
@@ -155,7 +152,7 @@ def prefill_kwargs(
     """Keyword arguments of a layer after a cut; prepared once per run of layers of one type with equal tokens."""
     kind = family.layer_type(layer)
     if kind not in call.stage:
-        tokens, relative = call.tokens, call.relative
+        tokens, relative = call.seen, call.relative
         assert relative is not None
         mask = kwargs.get("attention_mask")
         if mask is None and not tokens.full:
@@ -163,35 +160,30 @@ def prefill_kwargs(
         else:
             mask = masks.gather_square(mask, relative, tokens.valid, tokens.full)
         positions = call.numbered(tokens)
-        stage = {"attention_mask": mask}
+        stage: dict[str, Any] = {"attention_mask": mask}
         given = kwargs.get("position_ids")
         if given is not None:
             stage["position_ids"] = positions if given.ndim == positions.ndim else positions[0]
+        turned = call.numbered(call.whole) if call.is_virtual else positions  # attention takes the places' tables
         for name, value in kwargs.items():
             if name.startswith("position_embeddings") and value is not None:
-                stage[name] = (
-                    family.rotary(name, hidden, positions, layer)
-                    if call.renumbered
-                    else tuple(_rows(part, relative) for part in value)
-                )
+                if call.renumbered:
+                    stage[name] = family.rotary(name, hidden, turned, layer)
+                elif not call.is_virtual:
+                    stage[name] = tuple(table_rows(part, relative) for part in value)
         if kwargs.get("cache_position") is not None:
             stage["cache_position"] = torch.arange(tokens.length, device=hidden.device)
         call.stage[kind] = stage
     return {**kwargs, **call.stage[kind]}
 
 
-def _rows(table: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index [B, n]`` of a rotary table ``[..., 1 or B, L, d]``."""
-    table = table.expand(*table.shape[:-3], index.shape[0], *table.shape[-2:])
-    return table.gather(-2, index[..., None].expand(*table.shape[:-2], index.shape[1], table.shape[-1]))
-
-
 def decode_kwargs(
     call: Decode, layer: int, kwargs: dict[str, Any], hidden: Tensor, family: Family, form: masks.MaskForm
 ) -> dict[str, Any]:
     """Keyword arguments of a layer whose stored prompt differs from layer 0's."""
-    base, tokens = call.cache.prompt.layers[0], call.cache.prompt.layers[layer]
-    if tokens is base:
+    prompt = call.cache.prompt
+    tokens = prompt.seen(layer)
+    if prompt.as_given(layer):
         return kwargs
     key = (id(tokens), family.layer_type(layer))
     prepared = call.prepared.get(key)
@@ -204,7 +196,7 @@ def decode_kwargs(
                 if name.startswith("position_embeddings") and value is not None:
                     prepared[name] = family.rotary(name, hidden, positions, layer)
         if kwargs.get("cache_position") is not None:
-            drop = base.length - tokens.length
+            drop = prompt.given.length - tokens.length
             prepared["cache_position"] = kwargs["cache_position"] - drop
         call.prepared[key] = prepared
     return {**kwargs, **prepared}
@@ -222,7 +214,7 @@ def evict(step: Step, call: Prefill, info: ModelInfo, seeds: Seeds) -> None:
     """Drop stored visual tokens of one layer after the prefill (site ``kv_cache``)."""
     assert call.cache is not None and step.request.layer is not None
     layer = step.request.layer
-    current = call.tokens
+    current, expansion = call.tokens, call.expansion
     call.tokens = stored = call.cache.prompt.layers[layer]
     counted = list(call.visual)
     visual = (call.image_id.gather(1, stored.index) >= 0) & stored.valid
@@ -234,5 +226,5 @@ def evict(step: Step, call: Prefill, info: ModelInfo, seeds: Seeds) -> None:
             keys = call.cache.layers[layer].keys
             _, local = apply_cut(step, call, selection, keys[:, 0], rows, places, context)
             assert local is not None
-            call.cache.hold(layer, local, call.tokens)
-    call.tokens, call.visual = current, counted
+            call.cache.hold(layer, local, call.tokens, call.expansion)
+    call.tokens, call.visual, call.expansion = current, counted, expansion

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.layout import Kind
 from vlmprune.adapters.tower_lineage import TowerOutcome
 from vlmprune.adapters.tower_reduction import TowerReducer
+from vlmprune.adapters.tower_tokens import TowerTokens
 from vlmprune.adapters.towers import AttentionCall, TowerRun
 from vlmprune.adapters.vision_family import PIXELS, VisionFamily
 from vlmprune.core import signals as s
@@ -183,10 +183,8 @@ class EncodingRecorder:
     def record(self, block: int, call: AttentionCall) -> None:
         """Keep one block's queries and keys until the tower is done."""
         if self._current is not None:
-            tokens = None if self._reducer is None else self._reducer.tokens
-            if tokens is not None and tokens.changed:
-                call = replace(call, tokens=copy.copy(tokens))
-            self._calls[block].append(call)
+            tokens = self._reduced()
+            self._calls[block].append(call if tokens is None else call.behind(tokens))
 
     def _encode(self, kind: Kind, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for a model's encoder: calls it and notes what it was given and returned."""
@@ -221,19 +219,27 @@ class EncodingRecorder:
                 assert self._scale is not None
                 self._current.values[signal] = run.masked(self._scale.undo(run.pixels()))
         if self._reducer is not None:
-            self._reducer.begin(run.tokens(), self._seeds())
+            tokens = run.tokens()
+            self._reducer.begin(tokens, self._seeds(tokens.item_views))
         run.drop_input()
 
-    def _seeds(self) -> tuple[int, ...] | None:
-        """A seed per view from its content, where a policy draws; a policy's own seed is mixed in later."""
+    def _seeds(self, views: tuple[int, ...]) -> tuple[int, ...] | None:
+        """A seed per item from its view's content and its place there, where a policy draws; a policy's own seed is
+        mixed in later."""
         assert self._current is not None
         digests = self._current.digests
-        return tuple(item_seed(0, digest, 0) for digest in digests) if digests else None
+        places = [item - views.index(view) for item, view in enumerate(views)]
+        return tuple(item_seed(0, digests[v], i) for v, i in zip(views, places, strict=True)) if digests else None
+
+    def _reduced(self) -> TowerTokens | None:
+        """The tokens that are left now, None while all are there."""
+        tokens = None if self._reducer is None else self._reducer.tokens
+        return tokens if tokens is not None and tokens.changed else None
 
     def _restore(self, states: Tensor) -> Tensor:
         """States of all patches behind those of the tokens that the tower left."""
-        tokens = None if self._reducer is None else self._reducer.tokens
-        return states if tokens is None or not tokens.changed else tokens.restore(states)
+        tokens = self._reduced()
+        return states if tokens is None else tokens.restore(states)
 
     @torch.no_grad()
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -253,8 +259,8 @@ class EncodingRecorder:
     ) -> None:
         if self._current is not None:
             states = args[0] if args else next(iter(kwargs.values()))
-            states = self._family.projector_patches(self._current.run, states.detach())
-            self._current.values[signal] = self._restore(states) if self._family.exit_at == "projector" else states
+            tokens = self._reduced() if self._family.exit_at == "projector" else None
+            self._current.values[signal] = self._family.projector_patches(self._current.run, states.detach(), tokens)
 
     def _hidden_in(self, signal: s.Hidden, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._hidden(signal, args[0] if args else kwargs["hidden_states"])
@@ -266,7 +272,7 @@ class EncodingRecorder:
 
     def _hidden(self, signal: s.Hidden, states: Tensor) -> None:
         if self._current is not None and self._current.run is not None:
-            self._current.values[signal] = self._restore(self._current.run.patches(states.detach()))
+            self._current.values[signal] = self._current.run.patches(states.detach(), self._reduced())
 
 
 def _detached(features: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune.adapters import guards, recorders
+from vlmprune.adapters import guards, recorders, virtual
 from vlmprune.adapters.cache import PrunedDynamicCache
 from vlmprune.adapters.encoding import EncodingRecorder
 from vlmprune.adapters.family import Family
@@ -67,6 +67,20 @@ class Engine:
         return self.forward.report
 
     @property
+    def main(self) -> nn.Module:
+        """The module that bears the handle beside the model itself."""
+        return self.family.text_model
+
+    @property
+    def sample_ids(self) -> list[str] | None:
+        """Ids of the rows of the next forwards, for policies that draw; None seeds by content."""
+        return self.forward.sample_ids
+
+    @sample_ids.setter
+    def sample_ids(self, ids: list[str] | None) -> None:
+        self.forward.sample_ids = ids
+
+    @property
     def tower_sites(self) -> tuple[SiteRecord, ...]:
         """The selections inside the tower of the last pictures that were encoded."""
         return () if self.encoder is None else self.encoder.tower_sites
@@ -107,14 +121,19 @@ class Engine:
         self._hooks.after(self.family.text_model, self._after_text, always=True, prepend=True)
         if self.encoder is not None:
             self.encoder.install(self._hooks)
+        if any(step.request.positions == "virtual" for step in self.steps):
+            virtual.install(self.family, self.forward.current, self._hooks)
         self.forward.probes = recorders.install(self.family, self._wanted, self.forward.prefill, self._hooks)
         self._install_layers()
 
     def _install_layers(self) -> None:
-        """Hook the layers whose tokens may differ from layer 0's: from the first cut on, all if caches are evicted."""
+        """Hook the layers whose tokens may differ from the text model's: from the first cut on, all if caches are
+        evicted or tokens unmerged."""
         sites = [step.request for step in self.steps]
         cuts = [request.layer or 0 for request in sites if request.site == Site.DECODER_LAYER]
         if any(request.site == Site.KV_CACHE for request in sites):
+            cuts.append(0)
+        if any(request.positions == "virtual" for request in sites):
             cuts.append(0)
         if self._active and self.family.deepstack_levels:
             cuts.append(1)

@@ -34,7 +34,7 @@ def measure_flops(call: Prefill, info: ModelInfo) -> None:
     """Write tokens and FLOPs of the decoder layers into the report."""
     report, rows = call.report, call.layout.rows
     report.lengths_per_layer = tuple(call.lengths)
-    report.decoder_flops = decoder_flops(info, call.lengths, rows)
+    report.decoder_flops = decoder_flops(info, call.lengths, rows, call.attended)
     report.decoder_flops_dense = decoder_flops(info, [call.layout.length] * len(call.lengths), rows)
 
 

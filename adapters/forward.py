@@ -12,11 +12,13 @@ from vlmprune.adapters import cache as caches
 from vlmprune.adapters import decoder, deepstack, finish, guards, masks, prompt
 from vlmprune.adapters.call import Decode, Prefill
 from vlmprune.adapters.encoding import EncodingRecorder
+from vlmprune.adapters.expansion import VirtualPrompt
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.layout import PromptLayout
 from vlmprune.adapters.probe import LayerProbe
 from vlmprune.adapters.sites import Step
 from vlmprune.adapters.source import SignalSource
+from vlmprune.adapters.tokens import LayerTokens
 from vlmprune.adapters.vision_family import VisionFamily
 from vlmprune.core import config
 from vlmprune.core.errors import UnsupportedError
@@ -25,6 +27,7 @@ from vlmprune.core.policy import Policy
 from vlmprune.core.report import ImageRecord, Report
 from vlmprune.core.signals import ProbeAttention
 from vlmprune.core.sites import Site
+from vlmprune.kernels.gather import gather_tokens
 
 
 class TextForward:
@@ -64,6 +67,10 @@ class TextForward:
         """The current call if it is a prefill."""
         return self.call if isinstance(self.call, Prefill) else None
 
+    def current(self) -> Prefill | Decode | None:
+        """The call under way."""
+        return self.call
+
     def begin_prefill(self, layout: PromptLayout, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of the text model for a prompt with images, shortened where a policy says so."""
         embeds = kwargs.get("inputs_embeds")
@@ -81,8 +88,12 @@ class TextForward:
         if steps or (self._encoder is not None and self._encoder.reduces):
             reduced = prompt.reduce_images(steps, call, embeds, self._info, source)
             if reduced is not None:
-                kwargs = prompt.shorten(kwargs, call, *reduced, self._mask_form)
+                if call.is_virtual:
+                    kwargs = prompt.stay_long(kwargs, call, *reduced)
+                else:
+                    kwargs = prompt.shorten(kwargs, call, *reduced, self._mask_form)
         call.lengths = [call.tokens.length] * (self._info.text_depth or 0)
+        call.attended = [call.seen.length] * len(call.lengths)
         return self._with_cache(call, kwargs)
 
     def begin_decode(self, cache: caches.PrunedDynamicCache, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -103,15 +114,16 @@ class TextForward:
         if positions is None:
             positions = torch.arange(past, total, device=new.device).expand(new.shape[0], -1)
         call = self.call = Decode(cache, mask, positions, queries, total)
-        base = cache.prompt.layers[0]
-        changed = {**kwargs, "position_ids": positions}
-        if base.shift is not None:
-            changed["position_ids"] = positions - base.shift[:, None]
-        if kwargs.get("attention_mask") is not None or not base.full:
-            changed["attention_mask"] = call.valid(base).long()
-        if kwargs.get("cache_position") is not None:
-            changed["cache_position"] = kwargs["cache_position"] - cache.prompt.dropped(0)
         cache.prompt.inside = True
+        given = cache.prompt.given
+        changed = {**kwargs, "position_ids": positions}
+        if given.shift is not None:
+            changed["position_ids"] = positions - given.shift[:, None]
+        told = kwargs.get("attention_mask") is not None
+        if not given.full and mask is None or told and not call.is_virtual:
+            changed["attention_mask"] = call.valid(given).long()
+        if kwargs.get("cache_position") is not None:
+            changed["cache_position"] = kwargs["cache_position"] - (cache.prompt.length - given.length)
         return changed
 
     def layer(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -120,14 +132,16 @@ class TextForward:
         if isinstance(call, Decode):
             return hidden, decoder.decode_kwargs(call, index, kwargs, hidden, self._family, self._mask_form)
         assert isinstance(call, Prefill)
+        if index == 0 and call.is_virtual:
+            hidden = gather_tokens(hidden, call.tokens.index)
         hidden = deepstack.add(call, index, hidden)
         for step in self._steps:
             if step.request.site == Site.DECODER_LAYER and step.request.layer == index:
                 self._probe(step, call, hidden, kwargs)
                 hidden = decoder.cut(step, call, hidden, self._info, self._family.text_model.norm, self._seeds)
-        call.lengths[index] = call.tokens.length
+        call.lengths[index], call.attended[index] = call.tokens.length, call.seen.length
         if call.cache is not None:
-            call.cache.prompt.layers[index] = call.tokens
+            call.cache.prompt.store(index, call.tokens, call.expansion)
         if call.relative is not None:
             kwargs = decoder.prefill_kwargs(call, index, kwargs, hidden, self._family, self._mask_form)
         return hidden, kwargs
@@ -144,7 +158,7 @@ class TextForward:
         finish.measure_cache(call, output)
         finish.measure_flops(call, self._info)
         self._warned = finish.warn_if_inactive(call, self._steps, self._warned)
-        if not self._restore_length or call.tokens.length == call.layout.length:
+        if not self._restore_length or call.tokens is call.whole:
             return output
         return finish.restore_output(output, call)
 
@@ -178,7 +192,7 @@ class TextForward:
     def _with_cache(self, call: Prefill, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Give the call's KV cache the prompt's state, creating it where the model would."""
         later = any(step.request.site in (Site.DECODER_LAYER, Site.KV_CACHE) for step in self._steps)
-        if call.tokens.length == call.layout.length and not later:
+        if call.tokens is call.whole and not later:
             return kwargs
         cache = kwargs.get("past_key_values")
         text_config = self._family.text_model.config
@@ -188,8 +202,11 @@ class TextForward:
                 return kwargs
             cache = caches.DynamicCache(config=text_config)
             kwargs = {**kwargs, "past_key_values": cache}
-        layers = [call.tokens] * (self._info.text_depth or 0)
-        state = caches.PromptState(call.layout.length, layers, inside=True, tail=call.layout.text_after_images())
+        depth = self._info.text_depth or 0
+        stand = None if call.expansion is None else VirtualPrompt(call.whole, [call.expansion] * depth, call.tables)
+        state = caches.PromptState(
+            call.layout.length, [call.tokens] * depth, True, call.layout.text_after_images(), stand
+        )
         call.cache = caches.PrunedDynamicCache.adopt(cache, state)
         return kwargs
 
@@ -214,14 +231,14 @@ def new_prefill(layout: PromptLayout, kwargs: dict[str, Any], embeds: Tensor, re
     if positions is None:
         positions = torch.arange(length, device=device)[None]
     index = torch.arange(length, device=device).expand(rows, length)
-    tokens = caches.LayerTokens(index, real, all(n == length for n in layout.real))
+    tokens = LayerTokens(index, real, all(n == length for n in layout.real))
     return Prefill(
         layout=layout,
         report=report,
         image_id=layout.image_id(device),
         real=real,
         positions=positions.expand(*positions.shape[:-2], rows, length),
-        base=tokens,
+        whole=tokens,
         tokens=tokens,
         removed=torch.zeros(rows, length, dtype=torch.bool, device=device),
         visual=layout.visual_per_row(),

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.adapters import masks
-from vlmprune.adapters.cache import LayerTokens
+from vlmprune.adapters import masks, virtual
 from vlmprune.adapters.call import Prefill
 from vlmprune.adapters.newlines import NewlineTokens
 from vlmprune.adapters.sites import Step, run_step, site_signals
 from vlmprune.adapters.source import SignalSource
+from vlmprune.adapters.tokens import LayerTokens, pack
 from vlmprune.adapters.tower_lineage import lineage, summed
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.records import SiteRecord
 from vlmprune.core.selection import Selection
 from vlmprune.core.sites import Positions, Site
-from vlmprune.kernels.gather import gather_tokens, pack_indices
+from vlmprune.kernels.gather import gather_tokens
 
 
 def reduce_images(
@@ -80,8 +80,9 @@ class _ImageTokens:
         place, valid = self.place.gather(1, anchors.clamp_min(0)), anchors >= 0
         if positions == "compact":
             gone = scatter_true(call.removed.shape, self.rows, self.place, self.valid)
-            call.removed |= gone & ~scatter_true(call.removed.shape, self.rows, place, valid)
-            call.renumbered = True
+            call.close_up(gone & ~scatter_true(call.removed.shape, self.rows, place, valid))
+        elif positions == "virtual":
+            virtual.merge(call, selection, self.rows, self.place, self.valid)
         self.place, self.valid, self.lengths = place, valid, selection.out_counts()
         self.history.append(selection)
         self.newlines = None if self.newlines is None else self.newlines.after(selection)
@@ -91,7 +92,7 @@ class _ImageTokens:
         """Write the outcome into the call; what :func:`reduce_images` returns."""
         call = self._call
         call.entered = self.lengths
-        if self.lengths == call.layout.lengths and not self.written:
+        if self.lengths == call.layout.lengths and not self.written and not call.is_virtual:
             return None
         call.visual = [0] * call.layout.rows
         for row, count in zip(call.layout.samples, self.lengths, strict=True):
@@ -108,10 +109,10 @@ def _take_tower(tokens: _ImageTokens, call: Prefill, source: SignalSource) -> No
     if tower is None:
         return
     call.report.take_tower(tower.records, tower.attended, tower.passed)
-    virtual = tower.positions == "virtual"
+    unmerged = tower.positions == "virtual"
     newline = None if tokens.newlines is None else tokens.newlines.mask
-    selection = lineage(tower.groups, source.to_tokens, tokens.valid, newline, separate=virtual)
-    if tokens.newlines is not None and not virtual:
+    selection = lineage(tower.groups, source.to_tokens, tokens.valid, newline, separate=unmerged)
+    if tokens.newlines is not None and not unmerged:
         selection = tokens.newlines.keep_rows(selection)
     call.report.sites.append(
         SiteRecord(
@@ -191,11 +192,7 @@ def packed_tokens(call: Prefill, keep: Tensor) -> LayerTokens:
     """Tokens ``keep [B, L]`` moved together, fillers on the left."""
     width = call.width()
     full = all(text + visual == width for text, visual in zip(call.text, call.visual, strict=True))
-    index, valid = pack_indices(keep, side="left", width=width)
-    if not full:
-        first = torch.where(valid, index, keep.shape[1]).amin(1, keepdim=True)
-        index = torch.where(valid, index, first)
-    return LayerTokens(index, valid, full, call.shift() if call.renumbered else None)
+    return pack(keep, width, full, call.shift() if call.renumbered else None)
 
 
 def shorten(
@@ -203,7 +200,7 @@ def shorten(
 ) -> dict[str, Any]:
     """Keyword arguments of the text model for the shorter prompt; sets the call's tokens."""
     tokens = packed_tokens(call, keep)
-    call.base = call.tokens = tokens
+    call.tokens = tokens
     mask = kwargs.get("attention_mask")
     shorter = masks.gather_masks(mask, tokens.index, tokens.valid, tokens.full, form, embeds.dtype)
     if shorter is None and kwargs.get("past_key_values") is None:
@@ -218,3 +215,11 @@ def shorten(
     if kwargs.get("cache_position") is not None:
         changed["cache_position"] = torch.arange(tokens.length, device=embeds.device)
     return changed
+
+
+def stay_long(kwargs: Mapping[str, Any], call: Prefill, embeds: Tensor, keep: Tensor) -> dict[str, Any]:
+    """Keyword arguments of the text model for merged tokens that stand at several places: the prompt at full length,
+    of which the first layer takes the tokens to ``keep``; sets the call's tokens."""
+    call.tokens = packed_tokens(call, keep)
+    virtual.spread(call)
+    return {**kwargs, "inputs_embeds": embeds, "input_ids": None}

@@ -20,6 +20,7 @@ from vlmprune.core.report import SiteRecord
 from vlmprune.core.selection import Selection
 from vlmprune.core.signals import Pixels, Signal
 from vlmprune.core.sites import Site, SiteRequest
+from vlmprune.kernels.gather import ordered_groups
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,13 @@ def _check_layer(leaf: Policy, request: SiteRequest, info: ModelInfo) -> None:
 
 
 def _check_positions(leaf: Policy, request: SiteRequest, info: ModelInfo) -> None:
-    """Refuse renumbering where positions have several axes: a token's place in the image is its position."""
+    """Refuse renumbering where positions have several axes (a token's place in the image is its position), and virtual
+    positions inside the decoder."""
+    if request.positions == "virtual" and request.site not in (Site.VISION_BLOCK, Site.POST_ENCODER):
+        raise InputError(
+            f"{leaf.name!r} asks for virtual positions at {request.site}, but tokens are unmerged virtually only if "
+            "they were merged before the decoder; give 'keep' or 'compact'."
+        )
     if info.mrope and request.positions == "compact":
         raise InputError(
             f"{leaf.name!r} asks for compact positions, but {info.model_class} numbers visual tokens by time, row and "
@@ -94,6 +101,8 @@ def run_step(
     selection = step.policy.select(context)
     if finish is not None:
         selection = finish(selection)
+    if selection.group_id is not None and context.site != Site.VISION_BLOCK:  # in the order in which they will stand
+        selection = replace(selection, group_id=ordered_groups(selection.group_id, selection.n_outputs))
     records.append(
         SiteRecord(
             policy=step.policy.name,

@@ -90,8 +90,14 @@ def _attend(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     for recorder in tap.recorders:
         recorder.record(module, query, key, attention_mask, scale, kwargs)
-    attend = original_attention(module, tap.original)
-    return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    attend = partial(original_attention(module, tap.original), module, query, key, value, attention_mask)
+    if not is_flash(tap.original):
+        return attend(scaling=scaling, **kwargs)
+    ours, module.config = module.config, tap.original  # flash attention looks there for the package to call
+    try:
+        return attend(scaling=scaling, **kwargs)
+    finally:
+        module.config = ours
 
 
 def original_attention(module: nn.Module, config: Any) -> Any:

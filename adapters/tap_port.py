@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from vlmprune.adapters import tap
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.tower_reduction import AttentionPort, TowerReducer
-from vlmprune.adapters.tower_tokens import BlockAttention, with_key_bias
+from vlmprune.adapters.tower_tokens import EXTRA, BlockAttention, with_key_bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +65,25 @@ class TapPort(AttentionPort):
         bias = reducer.key_bias()
         if bias is None:
             return attend(module, query, key, value, mask, scaling=scaling, **kwargs)
-        if not tap.is_flash(tap.original_config(module)):
-            mask = bias.to(query.dtype)[:, None, None]
-            return attend(module, query, key, value, mask, scaling=scaling, **kwargs)
-        query, key = with_key_bias(query, key, bias, scale)
-        output, *rest = attend(module, query, key, pad(value, (0, 8)), None, scaling=scale, **kwargs)
-        return (output[..., :-8], *rest)
+        return attend_biased(attend, module, query, key, value, bias, scaling=scaling, **kwargs)
+
+
+def attend_biased(
+    attend: tap.Attend,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Any:
+    """What ``attend`` returns if ``bias [V, T]`` is added to the scores of the keys, as a mask or, for flash attention,
+    as further features of queries and keys."""
+    if not tap.is_flash(tap.original_config(module)):
+        mask = bias.to(query.dtype)[:, None, None]
+        return attend(module, query, key, value, mask, scaling=scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key = with_key_bias(query, key, bias, scale)
+    output, *rest = attend(module, query, key, pad(value, (0, EXTRA)), None, scaling=scale, **kwargs)
+    return (output[..., :-EXTRA], *rest)

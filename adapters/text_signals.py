@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from vlmprune.adapters.call import Prefill
 from vlmprune.core import signals as s
 from vlmprune.kernels.column_mass import attention_rows, column_mass, group_mass
+from vlmprune.kernels.gather import pack_indices
+from vlmprune.kernels.virtual_attention import fold_sum
 
 TEXT_ROWS, VISUAL_ROWS = 0, 1
 SYSTEM_COLUMNS, TEXT_COLUMNS, VISUAL_COLUMNS = 0, 1, 2
@@ -57,28 +59,46 @@ def text_signal(signal: s.Signal, call: Prefill, query: Tensor, key: Tensor, mas
 
     ``GroupMass`` is ``[B, 2, 3]``; ``AttentionRows`` and ``ProbeAttention`` are ``[B, R, n]`` and ``ColumnMass``
     ``[B, n]`` over all current tokens, from which the caller takes the visual ones. Padding counts as no query row.
+
+    Where tokens stand at several places, queries and keys are those of the places: a token receives what its places
+    receive together, and its row is the mean of theirs.
     """
     masking = masking_of(call, mask)
     if isinstance(signal, s.GroupMass):
         rows, columns = groups(call)
         return group_mass(query, key, rows, columns, n_query_groups=2, n_key_groups=3, scale=scale, **masking)
     if isinstance(signal, s.ColumnMass):
-        weight = call.tokens.valid.to(query.dtype)
-        return column_mass(query, key, row_weight=weight, reduce=signal.reduce, scale=scale, **masking)
+        weight = call.seen.valid.to(query.dtype)
+        return per_token(column_mass(query, key, row_weight=weight, reduce=signal.reduce, scale=scale, **masking), call)
     assert isinstance(signal, (s.AttentionRows, s.ProbeAttention))
-    return attention_rows(query, key, row_places(signal, call), scale=scale, **masking).mean(1)
+    rows = row_places(signal, call)
+    if call.expansion is None or isinstance(signal.rows, str):  # those rows are of text, which stands at one place
+        return per_token(attention_rows(query, key, rows, scale=scale, **masking).mean(1), call)
+    of_rows = call.expansion.mapping[:, None] == rows.masked_fill(rows < 0, -2)[..., None]  # [B, R, m]
+    places, _ = pack_indices(of_rows.flatten(0, 1))
+    every = attention_rows(query, key, places.reshape(len(rows), -1), scale=scale, **masking).mean(1)
+    mean = every.unflatten(1, (rows.shape[1], -1)).sum(2) / of_rows.sum(2, keepdim=True).clamp_min(1)
+    return per_token(mean, call)
+
+
+def per_token(values: Tensor, call: Prefill) -> Tensor:
+    """Sums ``[..., n]`` over the places of each current token of ``values [..., m]`` over what attention is over."""
+    if call.expansion is None:
+        return values
+    return fold_sum(values, call.expansion.mapping, call.tokens.length, dim=-1)
 
 
 def masking_of(call: Prefill, mask: Tensor | None) -> dict[str, Any]:
     """What the layer's queries may see: its own 4-D mask, else causal over real tokens."""
     if mask is not None and mask.ndim == 4:
         return {"mask": mask}
-    return {"causal": True, "key_valid": None if call.tokens.full else call.tokens.valid}
+    return {"causal": True, "key_valid": None if call.seen.full else call.seen.valid}
 
 
 def groups(call: Prefill) -> tuple[Tensor, Tensor]:
-    """Group of every current token as a query (text, visual) and as a key (system, text, visual); -1 for neither."""
-    tokens = call.tokens
+    """Group of everything that attention is over, as a query (text, visual) and as a key (system, text, visual); -1 for
+    neither."""
+    tokens = call.seen
     image = call.image_id.gather(1, tokens.index)
     visual = image >= 0
     length = call.image_id.shape[1]
@@ -91,8 +111,8 @@ def groups(call: Prefill) -> tuple[Tensor, Tensor]:
 
 
 def row_places(signal: s.AttentionRows | s.ProbeAttention, call: Prefill) -> Tensor:
-    """``[B, R]`` query places in the current sequence, -1 fill."""
-    tokens = call.tokens
+    """``[B, R]`` query places in what attention is over, -1 fill; numbers count the current tokens."""
+    tokens = call.seen if isinstance(signal.rows, str) else call.tokens
     places = torch.arange(tokens.length, device=tokens.index.device).expand_as(tokens.index)
     if signal.rows == "last":
         return torch.where(tokens.valid, places, -1).amax(1, keepdim=True)

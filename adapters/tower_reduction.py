@@ -122,7 +122,7 @@ class TowerReducer:
         return self.tokens is not None and block in self._wanted
 
     def key_bias(self) -> Tensor | None:
-        """Float32 ``[V, T]`` to add to the scores of the tower's keys, None for nothing."""
+        """``[V, T]`` to add to the scores of the tower's keys, None for nothing."""
         return None if self.tokens is None else self.tokens.key_bias()
 
     def attended(self, block: int, attention: BlockAttention) -> None:

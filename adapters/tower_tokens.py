@@ -115,6 +115,11 @@ class TowerTokens(ABC):
     changed: bool = False
     size_bias: bool = True
 
+    @property
+    def item_views(self) -> tuple[int, ...]:
+        """View of every item; by default an item is a view."""
+        return tuple(range(len(self.entered)))
+
     @abstractmethod
     def items(self, states: Tensor) -> Tensor:
         """Tokens ``[I, N, D]`` of the tower's states."""
@@ -129,7 +134,7 @@ class TowerTokens(ABC):
 
     @abstractmethod
     def key_bias(self) -> Tensor | None:
-        """What is added to the scores of keys: float32 ``[V, T]``, None for nothing."""
+        """What is added to the scores of keys: float32 or wider ``[V, T]``, None for nothing."""
 
     def block_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of a block for the tokens that are left."""
@@ -142,8 +147,8 @@ class TowerTokens(ABC):
 
     @abstractmethod
     def restore(self, states: Tensor) -> Tensor:
-        """States of the patches ``[V, P, ...]``, without a prefix, from those of the current tokens, without a prefix;
-        zeros for dropped ones."""
+        """What the family's exit makes of the patches, from what it makes of the current tokens: ``[V, P, ...]``
+        without a prefix, or in a packed tower as its projector returns it. Zeros for dropped ones."""
 
 
 class BatchedTokens(TowerTokens):
@@ -231,16 +236,19 @@ class BatchedTokens(TowerTokens):
         return values[:, self._units.flatten().argsort()]
 
 
-def with_key_bias(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Queries and keys ``[V, H, T, d + 8]`` whose products contain ``bias [V, T]``, for attention that takes no mask.
+EXTRA = 8
+"""Features that carry a bias where attention takes no mask; fused kernels want multiples of eight."""
 
-    Eight features are added, since fused kernels want multiples of eight; -inf becomes a score that vanishes in the
-    softmax.
+
+def with_key_bias(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Queries and keys ``[V, H, T, d + EXTRA]`` whose products contain ``bias [V, T]``, where attention takes no mask.
+
+    -inf becomes a score that vanishes in the softmax.
     """
     views, heads, tokens, _ = key.shape
     low = torch.finfo(key.dtype).min / 4 * min(scale, 1.0)
-    extra_key = key.new_zeros(views, heads, tokens, 8)
+    extra_key = key.new_zeros(views, heads, tokens, EXTRA)
     extra_key[..., 0] = bias[:, None].clamp_min(low).to(key.dtype)
-    extra_query = query.new_zeros(*query.shape[:3], 8)
+    extra_query = query.new_zeros(*query.shape[:3], EXTRA)
     extra_query[..., 0] = 1.0 / scale
     return torch.cat([query, extra_query], 3), torch.cat([key, extra_key], 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vlmprune.adapters.tower_tokens import BatchedTokens, TowerTokens
+from vlmprune.adapters.tower_tokens import EXTRA, BatchedTokens, TowerTokens
 from vlmprune.core import signals as s
 from vlmprune.core.attention import AttentionMap
 from vlmprune.core.errors import SignalError
@@ -31,6 +32,13 @@ class AttentionCall:
     lengths: tuple[int, ...] | None = None
     tokens: TowerTokens | None = None
 
+    def behind(self, tokens: TowerTokens) -> AttentionCall:
+        """This call as one of reduced ``tokens``. A bias that came as features, for flash attention, becomes a mask."""
+        query, key, mask, bias = self.query, self.key, self.mask, tokens.key_bias()
+        if bias is not None and mask is None:
+            query, key, mask = query[..., :-EXTRA], key[..., :-EXTRA], bias[:, None, None]
+        return replace(self, query=query, key=key, mask=mask, tokens=copy.copy(tokens))
+
     @property
     def options(self) -> dict[str, Any]:
         """Scale and mask as the kernels take them; flash attention has 2-D masks of keys."""
@@ -49,8 +57,13 @@ class TowerRun(ABC):
     patches_per_view: int
 
     @abstractmethod
-    def patches(self, states: Tensor) -> Tensor:
-        """Values of patches ``[V, P, ...]`` out of a tensor in the tower's own order."""
+    def patches(self, states: Tensor, tokens: TowerTokens | None = None) -> Tensor:
+        """Values of patches ``[V, P, ...]`` out of a tensor in the tower's own order.
+
+        Args:
+            states: of all tokens, or of those that are left.
+            tokens: those that are left, None while all are there; dropped patches get zeros.
+        """
 
     @property
     def patch_valid(self) -> Tensor | None:
@@ -120,8 +133,9 @@ class BatchedRun(TowerRun):
         self._first = int(tower.has_cls)
         self._units = tower.units
 
-    def patches(self, states: Tensor) -> Tensor:
-        return states[:, self._first :]
+    def patches(self, states: Tensor, tokens: TowerTokens | None = None) -> Tensor:
+        found = states[:, self._first :]
+        return found if tokens is None else tokens.restore(found)
 
     def tokens(self) -> TowerTokens:
         units = None if self._units is None else self._units.to(self._pixels.device)

@@ -33,6 +33,9 @@ KINDS: Mapping[str, BlockKind] = MappingProxyType(
     {
         "CLIPEncoderLayer": BlockKind("self_attn", "layer_norm2", "mlp"),
         "SiglipEncoderLayer": BlockKind("self_attn", "layer_norm2", "mlp"),
+        "Qwen2VLVisionBlock": BlockKind("attn", "norm2", "mlp"),
+        "Qwen2_5_VLVisionBlock": BlockKind("attn", "norm2", "mlp"),
+        "Qwen3VLVisionBlock": BlockKind("attn", "norm2", "mlp"),
     }
 )
 
@@ -52,21 +55,21 @@ class BlockParts:
         return output if self.gain is None else output * getattr(self.block, self.gain)
 
 
-def block_parts(blocks: Sequence[nn.Module]) -> tuple[BlockParts, ...]:
-    """The parts of a tower's blocks.
+def block_parts(blocks: Sequence[nn.Module], kinds: Mapping[str, BlockKind] = KINDS) -> tuple[BlockParts, ...]:
+    """The parts of a tower's blocks, by the ``kinds`` that are served.
 
     Raises:
         UnsupportedError: a class of block that is not known.
     """
-    return tuple(_parts(block) for block in blocks)
+    return tuple(_parts(block, kinds) for block in blocks)
 
 
-def _parts(block: nn.Module) -> BlockParts:
+def _parts(block: nn.Module, kinds: Mapping[str, BlockKind]) -> BlockParts:
     name = type(block).__name__
-    kind = KINDS.get(name)
+    kind = kinds.get(name)
     if kind is None:
         raise UnsupportedError(
-            f"Tokens inside a tower of {name} blocks cannot be reduced; known blocks: {', '.join(sorted(KINDS))}. "
+            f"Tokens inside a tower of {name} blocks cannot be reduced; known blocks: {', '.join(sorted(kinds))}. "
             "Choose a policy that acts after the encoder: vlmprune.available()."
         )
     attention, norm2, tail = (

@@ -18,6 +18,7 @@ from vlmprune.adapters.layout import ImageShape, Kind
 from vlmprune.adapters.sites import Step
 from vlmprune.adapters.tap_port import TapPort
 from vlmprune.adapters.tower_reduction import AttentionPort, TowerReducer
+from vlmprune.adapters.tower_tokens import TowerTokens
 from vlmprune.adapters.towers import Tower, TowerRun
 from vlmprune.adapters.vision_blocks import BlockParts, block_parts
 from vlmprune.core import signals as s
@@ -68,6 +69,11 @@ class VisionFamily(Family):
         return find_module(self.base, self.projector_paths, "projector")
 
     @property
+    def projectors(self) -> tuple[nn.Module, ...]:
+        """All modules that take features of the tower to the LLM's width."""
+        return (self.projector,)
+
+    @property
     @abstractmethod
     def tower(self) -> Tower:
         """How the tower holds its patches."""
@@ -97,7 +103,8 @@ class VisionFamily(Family):
 
     def restore_length(self, restore: Callable[[Tensor], Tensor], hooks: HookStack) -> None:
         """Give features their full length back with ``restore``, at the family's exit."""
-        hooks.after(self.projector, partial(_restore_projected, restore), prepend=True)
+        for projector in self.projectors:
+            hooks.after(projector, partial(_restore_projected, restore), prepend=True)
 
     @abstractmethod
     def shapes(self, kwargs: Mapping[str, Any], masks: Mapping[Kind, np.ndarray], encoded: Encoded) -> Any:
@@ -125,9 +132,10 @@ class VisionFamily(Family):
         """
         return values.flatten(1, 2)
 
-    def projector_patches(self, run: TowerRun, states: Tensor) -> Tensor:
-        """What the projector is given, as values ``[V, P, D]`` of patches."""
-        return states
+    def projector_patches(self, run: TowerRun, states: Tensor, tokens: TowerTokens | None) -> Tensor:
+        """What the projector is given, as values ``[V, P, D]`` of patches; ``tokens`` are those that are left, None
+        where all are there."""
+        return states if tokens is None else tokens.restore(states)
 
     def layout(self, kwargs: Mapping[str, Any], encoded: Encoded | None = None) -> layouts.PromptLayout | None:
         masks = self.placeholders(kwargs)

@@ -24,9 +24,11 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from vlmprune.cli.catalogue import policy_facts  # noqa: E402
 from vlmprune.core.registry import registry  # noqa: E402
 from vlmprune.embedded import embedded_models, model_path  # noqa: E402
+from vlmprune.evaluation import vit_curve as curve  # noqa: E402
 from vlmprune.evaluation.compare import RESULTS, read_all  # noqa: E402
 from vlmprune.evaluation.schema import RESULTS_NAME, ResultRow, read_results  # noqa: E402
 from vlmprune.evaluation.tables import render_grid, render_table  # noqa: E402
+from vlmprune.evaluation.vit_rows import read_curve, render_curve  # noqa: E402
 
 MODEL = "tiny-llava"
 PICTURE = ROOT / "docs" / "overlay.png"
@@ -62,6 +64,20 @@ def results_table() -> str:
 def comparison() -> str:
     """Every row of the comparisons."""
     return "\n\n".join(f"{render_table(rows)}\n\n{_where(rows)}" for rows in compared().values())
+
+
+def classifier_curve() -> str:
+    """Accuracy and throughput inside the embedded classifier."""
+    rows = read_curve(ROOT / curve.FOLDER, curve.MODEL)
+    if not rows:
+        return "Not measured yet."
+    stamp = rows[0].stamp
+    return (
+        f"**{rows[0].model}, {rows[0].task}** ({rows[0].n} pictures, {rows[0].stamp.batch_size} at a time)\n\n"
+        f"{render_curve(rows)}\n\n"
+        f"Measured {stamp.started[:10]} on {stamp.device}, {stamp.dtype}, {stamp.attention} attention, threads: "
+        f"{stamp.threads}, torch {stamp.versions['torch']}, timm {stamp.versions['timm']}."
+    )
 
 
 def card_results() -> str:
@@ -112,6 +128,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "policies": policies_table,
     "results": results_table,
     "comparison": comparison,
+    "vit-curve": classifier_curve,
     "card-results": card_results,
 }
 FILES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "support.md")

@@ -19,6 +19,7 @@ from vlmprune.evaluation.schema import Stamp
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 HARNESS_PACKAGES = ("lmms-eval", "datasets", "pyarrow")
+TIMM_PACKAGES = ("timm",)
 FULL_HASH_BYTES = 2 * 1024**3
 _SAMPLE = 4096  # values per tensor that stand for a very large model
 
@@ -27,14 +28,16 @@ def make_stamp(model: Any, runner: str, batch_size: int, seeds: Mapping[str, Any
     """Describe model, machine and code.
 
     Args:
-        model: the model, in the state in which it is measured.
+        model: the model, of transformers or timm, in the state in which it is measured.
         runner: `"native"` or `"lmms-eval"`. batch_size: rows per generate call. seeds: see `Stamp`.
     """
     packages = PACKAGES + (HARNESS_PACKAGES if runner == "lmms-eval" else ())
+    packages += () if hasattr(model, "config") else TIMM_PACKAGES
+    weights = next(model.parameters())
     return Stamp(
         versions={"python": platform.python_version()} | {name: _version(name) for name in packages},
-        device=device_name(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        device=device_name(getattr(model, "device", weights.device)),
+        dtype=str(getattr(model, "dtype", weights.dtype)).removeprefix("torch."),
         attention=attention_implementation(model),
         threads=torch.get_num_threads(),
         runner=runner,
@@ -67,7 +70,9 @@ def weight_hash(model: torch.nn.Module) -> str:
 
 
 def attention_implementation(model: Any) -> str | None:
-    """Attention implementation of the decoder, e.g. `"sdpa"`."""
+    """Attention implementation of the decoder, or of a timm model's blocks, e.g. `"sdpa"`."""
+    if not hasattr(model, "config"):
+        return "sdpa" if all(block.attn.fused_attn for block in model.blocks) else "eager"
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     return getattr(config, "_attn_implementation", None)
 

@@ -167,6 +167,14 @@ def compose_groups(first: Tensor, then: Tensor) -> Tensor:
     return gather_tokens(then, first, fill=-1)
 
 
+def ordered_groups(group_id: Tensor, n_groups: int) -> Tensor:
+    """The groups ``[B, N]`` with ids in the order of their lowest members; empty groups come last."""
+    first = first_members(group_id, n_groups)
+    order = torch.where(first < 0, group_id.shape[1], first).argsort(dim=1, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(n_groups, device=order.device).expand_as(order))
+    return compose_groups(group_id, rank)
+
+
 def first_members(group_id: Tensor, n_groups: int) -> Tensor:
     """int64 ``[B, G]``: lowest index in each group of ``group_id [B, N]``, -1 for an empty group."""
     batch, n = group_id.shape

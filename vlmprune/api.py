@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vlmprune.adapters.detect import find_family
-from vlmprune.adapters.engine import Engine
+from vlmprune.adapters.engines import AnyEngine, make_engine
 from vlmprune.adapters.family import unwrap
 from vlmprune.adapters.processor import ProcessorHook, attach_processor
 from vlmprune.core import config
@@ -29,7 +29,7 @@ Spans = Sequence[Sequence[tuple[int, int]]]
 class Handle:
     """A policy at work on one model. Made by :func:`apply`; a context manager that removes it on exit."""
 
-    def __init__(self, root: nn.Module, engine: Engine, processor: ProcessorHook | None) -> None:
+    def __init__(self, root: nn.Module, engine: AnyEngine, processor: ProcessorHook | None) -> None:
         self._root = root
         self._engine = engine
         self._processor = processor
@@ -73,11 +73,11 @@ class Handle:
     @property
     def sample_ids(self) -> list[str] | None:
         """Ids of the rows of the next forwards, which seed policies that draw; None seeds by image content."""
-        return self._engine.forward.sample_ids
+        return self._engine.sample_ids
 
     @sample_ids.setter
     def sample_ids(self, ids: Sequence[str] | None) -> None:
-        self._engine.forward.sample_ids = None if ids is None else [str(i) for i in ids]
+        self._engine.sample_ids = None if ids is None else [str(i) for i in ids]
 
     @property
     def active(self) -> bool:
@@ -131,12 +131,13 @@ def apply(
     """Make a model drop or merge visual tokens.
 
     Args:
-        model: a transformers vision-language model, or a bare decoder with ``spans``. Only this instance changes.
+        model: a transformers vision-language model, a bare decoder with ``spans``, or an image model (timm,
+            open_clip). Only this instance changes.
         policy: name (:func:`available`), :class:`Policy`, config file or dict, or a list of these to compose.
         processor: the model's processor, needed by policies that act on images or ask for pixels.
         spans: for a bare decoder: per row, ``(start, length)`` of each image in ``inputs_embeds``.
-        restore_length: the text model's output keeps the prompt's length, zeros at dropped places; False leaves it
-            short.
+        restore_length: the text model's output keeps the prompt's length, zeros at dropped places; features of an
+            image model that of its patches, copies where patches were merged. False leaves them short.
         parameters: ``keep`` and other hyper-parameters, for a policy given by name; ``keep=[...]`` for a list.
 
     Returns:
@@ -156,7 +157,7 @@ def apply(
                     f"{type(module).__name__} is pruned already by {active!r}; call handle.remove() first, or compose: "
                     "vlmprune.apply(model, ['a', 'b'], keep=[...])."
                 )
-    engine = Engine(find_family(model, spans), resolved, restore_length, processor)
+    engine = make_engine(find_family(model, spans), resolved, restore_length, processor)
     hook = attach_processor(resolved, processor, engine.info)
     try:
         engine.install()
@@ -165,8 +166,8 @@ def apply(
             hook.remove()
         raise
     handle = Handle(model, engine, hook)
-    # The text model bears it too: whoever prunes the whole or a part of this model meets the handle.
-    for module in (model, unwrap(model), engine.family.text_model):
+    # A part bears it too: whoever prunes the whole or that part of this model meets the handle.
+    for module in (model, unwrap(model), engine.main):
         module.__dict__[HANDLE] = handle
     return handle
 

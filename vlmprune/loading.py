@@ -35,12 +35,17 @@ def load_model(
     Raises:
         InputError: nothing of this name can be loaded, or it is no image-text model.
     """
-    from vlmprune.embedded import embedded_models, load_embedded
+    from vlmprune.embedded import embedded_models, is_classifier, load_embedded
 
     if not name.strip():
         raise InputError(f"The model name is empty; give {embedded_models()[0]}, a folder, or a hub id.")
     folder = Path(name).expanduser()
     if name in embedded_models() and not folder.is_dir():
+        if is_classifier(name):
+            raise InputError(
+                f"{name} classifies images and writes no text; give a vision-language model such as "
+                f"{embedded_models()[0]}, or use it in Python: vlmprune.load_embedded({name!r})."
+            )
         model, processor = load_embedded(name)
         model = model if dtype is None else model.to(_torch_dtype(dtype))
     else:

@@ -58,9 +58,13 @@ def fixed_policy(
     return FixedKeep(kept=pick_tokens(prompt.widths(site), ragged), site=site, layer=where, positions=positions)
 
 
-def fixed_eviction(prompt: FamilyPrompt) -> FixedEviction:
-    """Evicts other tokens in every layer; layer 1 loses all of them, layer 3 none."""
-    widths = prompt.widths(Site.DECODER_LAYER)
+def fixed_eviction(prompt: FamilyPrompt, left: list[int] | None = None) -> FixedEviction:
+    """Evicts other tokens in every layer; layer 1 loses all of them, layer 3 none.
+
+    Args:
+        left: tokens of each sample with images, where earlier sites made them fewer.
+    """
+    widths = prompt.widths(Site.DECODER_LAYER) if left is None else left
     return FixedEviction(
         kept=(
             pick_tokens(widths, ragged=True, seed=5),

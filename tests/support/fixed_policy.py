@@ -13,7 +13,7 @@ from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy, PolicyMeta
 from vlmprune.core.selection import Selection
 from vlmprune.core.signals import Signal
-from vlmprune.core.sites import Site, SiteRequest
+from vlmprune.core.sites import Positions, Site, SiteRequest
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,21 @@ class MeanGroups(FixedKeep):
         groups = torch.where(context.valid, index, -1)
         counts = tuple(-(-n // self.size) for n in context.lengths)
         return Selection.merge(groups, max(counts), mode="mean", counts=counts)
+
+
+@dataclass(frozen=True)
+class FixedGroups(FixedKeep):
+    """Merges tokens by their mean: ``kept[i]`` names the group of each token of item ``i``, -1 for dropped ones."""
+
+    positions: Positions = "virtual"
+
+    def select(self, context: Context) -> Selection:
+        groups = torch.full_like(context.valid, -1, dtype=torch.long)
+        kept = self._repeated(context)
+        for item, given in enumerate(kept):
+            groups[item, : len(given)] = torch.tensor(given)
+        counts = tuple(len(set(given) - {-1}) for given in kept)
+        return Selection.merge(groups, max(counts), "mean", counts=counts)
 
 
 Kept = tuple[tuple[tuple[int, ...], ...], ...]

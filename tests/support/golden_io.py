@@ -70,9 +70,7 @@ KINDS: Mapping[str, KindRule] = MappingProxyType(
 PENDING_KINDS: frozenset[tuple[str, str]] = frozenset(
     {
         ("kernels", "dpp"),
-        ("tome", "vit"),
         ("dymu", "vtu"),
-        *(("zero_tprune", kind) for kind in ("early", "reference")),
     }
 )
 

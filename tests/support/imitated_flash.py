@@ -32,6 +32,10 @@ def attend(
 ) -> tuple[Tensor, None]:
     """What a flash attention function of transformers returns."""
     assert attention_mask is None or attention_mask.ndim == 2
+    assert module.config._attn_implementation == NAME  # names the package to call
+    positions = kwargs.get("position_ids")
+    if attention_mask is None and positions is not None and query.shape[0] == 1 and query.shape[2] > 1:
+        assert (positions.diff(dim=-1) == 1).all(), "would be taken for several packed sequences"
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     queries, keys = query.shape[2], key.shape[2]

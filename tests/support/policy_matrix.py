@@ -56,6 +56,19 @@ MATRIX: dict[str, tuple[dict[str, Any], ...]] = {
         {"keep": 4, "preset": "released", "t": 0.0, "a": 2.0},
         {"keep": 0.4, "r1": 0.6, "r2": 0.7, "a": 1.5},
     ),
+    "zero_tprune": (
+        {"keep": 0.4},
+        {"keep_rates": (1.0, 0.6), "layers": (1, 2), "s_prune": (1, 0), "partition": "random", "features": "mean"},
+        {
+            "keep": 0.6,
+            "layers": (0.5,),
+            "s_prune": 1,
+            "iters": 3,
+            "metric": "euclidean",
+            "fusion": "scores",
+            "tau": 0.5,
+        },
+    ),
 }
 
 CASES = [

@@ -18,6 +18,7 @@ from PIL import Image
 
 from vlmprune.adapters.detect import model_info
 from vlmprune.api import applied
+from vlmprune.cli.catalogue import REFERENCE
 from vlmprune.core.config import compose, from_dict, to_dict
 from vlmprune.core.errors import InputError
 from vlmprune.core.policy import Policy
@@ -224,11 +225,11 @@ def _count_hooks(model: torch.nn.Module) -> int:
 
 
 def require_reduction(policy: Policy) -> Policy:
-    """The policy, if its budget asks for fewer tokens.
+    """The policy, if its settings ask for fewer tokens.
 
     Raises:
         InputError: it keeps everything, so that nothing could be checked.
     """
-    if all(leaf.budget.is_all for leaf in policy.leaves()):
+    if not any(leaf.reduces(REFERENCE) for leaf in policy.leaves()):
         raise InputError(f"{policy.budget} keeps every token; give a smaller budget to check.")
     return policy

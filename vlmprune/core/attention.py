@@ -61,6 +61,10 @@ class AttentionHeads(Protocol):
         """
         ...
 
+    def mean_scores(self, tau: float = 1.0) -> AttentionHeads:
+        """One head in place of all: the mean of their scores before the softmax, divided by ``tau``."""
+        ...
+
 
 @dataclass(frozen=True)
 class DenseHeads:
@@ -71,6 +75,10 @@ class DenseHeads:
     def pagerank(self, iters: int, start: Tensor, alive: Tensor | None = None) -> Tensor:
         """See :class:`AttentionHeads`."""
         return pagerank(self.matrix, iters, start=start, alive=alive)
+
+    def mean_scores(self, tau: float = 1.0) -> DenseHeads:
+        """See :class:`AttentionHeads`. Logarithms of the attention are the scores up to one number per row."""
+        return DenseHeads((self.matrix.log().mean(1, keepdim=True) / tau).softmax(-1))
 
 
 @dataclass(frozen=True)
@@ -84,3 +92,11 @@ class StreamedHeads:
     def pagerank(self, iters: int, start: Tensor, alive: Tensor | None = None) -> Tensor:
         """See :class:`AttentionHeads`."""
         return pagerank(None, iters, qk=(self.query, self.key), scale=self.scale, start=start, alive=alive)
+
+    def mean_scores(self, tau: float = 1.0) -> StreamedHeads:
+        """See :class:`AttentionHeads`. The product of concatenated heads is the sum of theirs."""
+        heads, width = self.query.shape[1], self.query.shape[3]
+        key = self.key.repeat_interleave(heads // self.key.shape[1], 1)
+        query, key = (part.transpose(1, 2).flatten(2)[:, None] for part in (self.query, key))
+        scale = width**-0.5 if self.scale is None else self.scale
+        return StreamedHeads(query, key, scale / (heads * tau))

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from vlmprune.core.info import ModelInfo
 
 
-def decoder_flops(info: ModelInfo, lengths: Sequence[int], rows: int = 1) -> float | None:
+def decoder_flops(
+    info: ModelInfo, lengths: Sequence[int], rows: int = 1, attended: Sequence[int] | None = None
+) -> float | None:
     """FLOPs (2 per multiply-add) of the decoder layers over a prompt.
 
-    Per layer with n tokens, width d, H heads and G key heads of size h, and an MLP of width m with a gate:
-    ``2 n d h (2 H + 2 G) + 6 n d m + 4 n^2 H h``. Attention counts the full square of scores, as PyTorch's FLOP
-    counter does for fused attention (the causal half that is computed costs half as much). Norms, rotary embedding,
-    softmax, the embedding table and the LM head are left out.
+    Per layer with n tokens, width d, H heads and G key heads of size h, an MLP of width m with a gate, and attention
+    over a of them: ``2 n d h (2 H + 2 G) + 6 n d m + 4 a^2 H h``. Attention counts the full square of scores, as
+    PyTorch's FLOP counter does for fused attention (the causal half that is computed costs half as much). Norms,
+    rotary embedding, softmax, the embedding table and the LM head are left out.
 
     Args:
         info: the model.
         lengths: tokens that enter each layer, padding included.
         rows: batch size.
+        attended: tokens that each layer's attention is over, where merged tokens stand at several places; default
+            ``lengths``.
 
     Returns:
         The FLOPs, None where the model's sizes are not known or its layers have no gated MLP.
@@ -28,7 +32,8 @@ def decoder_flops(info: ModelInfo, lengths: Sequence[int], rows: int = 1) -> flo
         return None
     width, heads, kv_heads, head_dim, ffn = (size or 0 for size in sizes)
     per_token = 2 * width * head_dim * (2 * heads + 2 * kv_heads) + 6 * width * ffn
-    return float(rows * sum(n * per_token + 4 * n * n * heads * head_dim for n in lengths))
+    pairs = zip(lengths, lengths if attended is None else attended, strict=True)
+    return float(rows * sum(n * per_token + 4 * a * a * heads * head_dim for n, a in pairs))
 
 
 def tower_flops(info: ModelInfo, attended: Sequence[float], passed: Sequence[float], views: int = 1) -> float | None:

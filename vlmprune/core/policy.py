@@ -51,7 +51,8 @@ class Policy:
     Args:
         keep: budget of visual tokens (see :meth:`vlmprune.core.budget.Budget.parse`; a list is stored as a
             tuple); what it is a share of is the class's ``basis``.
-        positions: ``auto`` (what the source says, ``keep`` on M-RoPE models), ``keep`` or ``compact``.
+        positions: ``auto`` (what the source says, ``keep`` on M-RoPE models), ``keep``, ``compact``, or for merging
+            before the decoder ``virtual`` (see :class:`~vlmprune.core.sites.SiteRequest`).
     """
 
     meta: ClassVar[PolicyMeta]
@@ -62,6 +63,8 @@ class Policy:
     takes_flops: ClassVar[bool] = False
     measured: ClassVar[bool] = False
     newlines: ClassVar[NewlineRule] = "rows"
+    instead_of_keep: ClassVar[tuple[str, ...]] = ()
+    """Parameters that say how much is kept in place of ``keep``."""
 
     keep: Any = field(default=1.0, kw_only=True)
     positions: Positions = field(default="auto", kw_only=True)
@@ -69,8 +72,8 @@ class Policy:
     def __post_init__(self) -> None:
         Budget.parse(self.keep)
         object.__setattr__(self, "keep", _frozen(self.keep))
-        if self.positions not in ("auto", "keep", "compact"):
-            raise InputError(f"positions={self.positions!r} is unknown; give 'auto', 'keep' or 'compact'.")
+        if self.positions not in ("auto", "keep", "compact", "virtual"):
+            raise InputError(f"positions={self.positions!r} is unknown; give 'auto', 'keep', 'compact' or 'virtual'.")
 
     @property
     def budget(self) -> Budget:

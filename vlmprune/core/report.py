@@ -30,6 +30,8 @@ class Report:
             they mean for the LLM's tokens is the first of ``sites``.
         tower_attended, tower_passed: mean tokens per item in the attention and in the MLP of every tower block;
             empty where nothing acts there.
+        tower_flops, tower_flops_dense: FLOPs of the tower's blocks over all images, reduced and unreduced, by
+            :func:`vlmprune.core.flops.tower_flops`; None where they are not known.
         text_depth: decoder layers.
         lengths_per_layer: tokens per row that each decoder layer worked on, text and padding included.
         decoder_flops, decoder_flops_dense: FLOPs of the decoder layers over the prompt, pruned and unpruned, by
@@ -46,9 +48,11 @@ class Report:
     prompt_tokens: int = 0
     images: tuple[ImageRecord, ...] = ()
     sites: list[SiteRecord] = field(default_factory=list)
-    tower_sites: list[SiteRecord] = field(default_factory=list)
+    tower_sites: tuple[SiteRecord, ...] = ()
     tower_attended: tuple[float, ...] = ()
     tower_passed: tuple[float, ...] = ()
+    tower_flops: float | None = None
+    tower_flops_dense: float | None = None
     text_depth: int = 0
     lengths_per_layer: tuple[int, ...] = ()
     decoder_flops: float | None = None
@@ -152,7 +156,7 @@ class Report:
 
     def take_tower(self, records: Sequence[SiteRecord], attended: Sequence[float], passed: Sequence[float]) -> None:
         """Write down what happened inside the tower."""
-        self.tower_sites += records
+        self.tower_sites = (*self.tower_sites, *records)
         self.tower_attended, self.tower_passed = tuple(attended), tuple(passed)
 
     def take_notes(self) -> None:

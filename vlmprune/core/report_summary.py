@@ -20,6 +20,8 @@ def summarise(report: Report) -> dict[str, Any]:
         "tower_sites": [record.summary() for record in report.tower_sites],
         "tower_attended": list(report.tower_attended),
         "tower_passed": list(report.tower_passed),
+        "tower_flops": report.tower_flops,
+        "tower_flops_dense": report.tower_flops_dense,
         "sites": [record.summary() for record in report.sites],
         "lengths_per_layer": list(report.lengths_per_layer),
         "decoder_flops": report.decoder_flops,

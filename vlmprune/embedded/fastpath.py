@@ -29,8 +29,12 @@ def patchify(images: Tensor) -> Tensor:
 
 
 def embed_patches(tower: Any, patches: Tensor, dtype: torch.dtype) -> Tensor:
-    """Patch embedding of raw pixels `[B, P, 768]`: CLIP's normalisation is folded into weight and bias."""
-    weight = tower.embeddings.patch_embedding.weight  # [C, 3, 16, 16]
+    """Patch embedding of raw pixels `[B, P, 768]` by a CLIP tower."""
+    return embed_pixels(tower.embeddings.patch_embedding.weight, patches, dtype)
+
+
+def embed_pixels(weight: Tensor, patches: Tensor, dtype: torch.dtype) -> Tensor:
+    """Product of raw pixels `[B, P, 768]` and kernels `[C, 3, 16, 16]`, with CLIP's normalisation folded into them."""
     mean = torch.tensor(PIXEL_MEAN, device=weight.device).view(1, 3, 1, 1)
     std = torch.tensor(PIXEL_STD, device=weight.device).view(1, 3, 1, 1)
     scaled = weight / (255.0 * std)
@@ -59,7 +63,7 @@ def tower_features(
     positions = embeddings.position_embedding.weight
     x = x + (positions[1:] if index is None else positions[1:][index])
     cls = (embeddings.class_embedding + positions[0]).expand(x.shape[0], 1, -1)
-    x = _layer_norm(torch.cat([cls, x], dim=1), tower.pre_layrnorm)
+    x = layer_norm(torch.cat([cls, x], dim=1), tower.pre_layrnorm)
     for layer in tower.encoder.layers[:-1]:
         x = _clip_block(layer, x, x, dtype)
     return x
@@ -68,13 +72,13 @@ def tower_features(
 def tower_pooled(tower: Any, features: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """`pooler_output` `[B, C]` from the features `[B, 1 + P, C]`: the last block for the CLS query only."""
     cls = _clip_block(tower.encoder.layers[-1], features[:, :1], features, dtype)
-    return _layer_norm(cls[:, 0], tower.post_layernorm)
+    return layer_norm(cls[:, 0], tower.post_layernorm)
 
 
 def project(projector: Any, features: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The stock two-layer projector, float32 out."""
-    hidden = F.gelu(_linear(features.to(dtype), projector.linear_1, dtype))
-    return _linear(hidden, projector.linear_2, dtype).float()
+    hidden = F.gelu(linear(features.to(dtype), projector.linear_1, dtype))
+    return linear(hidden, projector.linear_2, dtype).float()
 
 
 def _clip_block(layer: Any, x: Tensor, context: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,22 +86,24 @@ def _clip_block(layer: Any, x: Tensor, context: Tensor, dtype: torch.dtype) -> T
     attention = layer.self_attn
     batch, length, width = x.shape
     heads, head_dim = attention.num_heads, width // attention.num_heads
-    normed = _layer_norm(context, layer.layer_norm1).to(dtype)
+    normed = layer_norm(context, layer.layer_norm1).to(dtype)
     scale = 1 / math.sqrt(head_dim)
-    q = _linear(normed[:, :length], attention.q_proj, dtype).view(batch, length, heads, head_dim).transpose(1, 2)
-    k = _linear(normed, attention.k_proj, dtype).view(batch, -1, heads, head_dim).transpose(1, 2)
-    v = _linear(normed, attention.v_proj, dtype).view(batch, -1, heads, head_dim).transpose(1, 2)
+    q = linear(normed[:, :length], attention.q_proj, dtype).view(batch, length, heads, head_dim).transpose(1, 2)
+    k = linear(normed, attention.k_proj, dtype).view(batch, -1, heads, head_dim).transpose(1, 2)
+    v = linear(normed, attention.v_proj, dtype).view(batch, -1, heads, head_dim).transpose(1, 2)
     weights = torch.softmax((q * scale) @ k.transpose(2, 3), dim=-1)
     mixed = (weights @ v).transpose(1, 2).reshape(batch, length, width)
-    x = x + _linear(mixed, attention.out_proj, dtype)
-    hidden = F.relu(_linear(_layer_norm(x, layer.layer_norm2).to(dtype), layer.mlp.fc1, dtype))
-    return x + _linear(hidden, layer.mlp.fc2, dtype)
+    x = x + linear(mixed, attention.out_proj, dtype)
+    hidden = F.relu(linear(layer_norm(x, layer.layer_norm2).to(dtype), layer.mlp.fc1, dtype))
+    return x + linear(hidden, layer.mlp.fc2, dtype)
 
 
-def _layer_norm(x: Tensor, norm: Any) -> Tensor:
+def layer_norm(x: Tensor, norm: Any) -> Tensor:
+    """A `nn.LayerNorm` in float32."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _linear(x: Tensor, linear: Any, dtype: torch.dtype) -> Tensor:
-    bias = None if linear.bias is None else linear.bias.to(dtype)
-    return F.linear(x, linear.weight.to(dtype), bias)
+def linear(x: Tensor, module: Any, dtype: torch.dtype) -> Tensor:
+    """A `nn.Linear` with its weights rounded to `dtype`."""
+    bias = None if module.bias is None else module.bias.to(dtype)
+    return F.linear(x, module.weight.to(dtype), bias)

@@ -118,9 +118,9 @@ def generate_scene(rng: np.random.Generator, split: str = "train", settings: Sce
         ValueError: unknown split.
     """
     bank = load_bank(split)
-    image, background = _background(rng, bank, settings)
+    image, background = draw_background(rng, bank, settings)
     for _ in range(int(rng.integers(settings.clutter[0], settings.clutter[1] + 1))):
-        _paint_clutter(rng, bank, image)
+        paint_clutter(rng, bank, image)
     objects: list[SceneObject] = []
     grid = (settings.size[0] // PATCH_SIZE, settings.size[1] // PATCH_SIZE)
     patch_object = np.full(grid, -1, dtype=np.int16)
@@ -206,7 +206,8 @@ def _claim_patches(
     patch_object[part] = np.where(wins, index, patch_object[part])
 
 
-def _background(rng: np.random.Generator, bank: Bank, settings: SceneSettings) -> tuple[np.ndarray, str]:
+def draw_background(rng: np.random.Generator, bank: Bank, settings: SceneSettings) -> tuple[np.ndarray, str]:
+    """A plain colour or a crop of a photograph, at a random contrast, and its name."""
     height, width = settings.size
     if rng.random() < settings.plain:
         colour = rng.integers(0, 256, size=3)
@@ -225,7 +226,7 @@ def _background(rng: np.random.Generator, bank: Bank, settings: SceneSettings) -
     return table[crop], f"photo:{bank.photo_names[which]}"
 
 
-def _paint_clutter(rng: np.random.Generator, bank: Bank, image: np.ndarray) -> None:
+def paint_clutter(rng: np.random.Generator, bank: Bank, image: np.ndarray) -> None:
     """Scribbles, noise patches and checkers, in colours between grey and random."""
     style = int(rng.integers(3))
     side = int(rng.integers(14, 44))

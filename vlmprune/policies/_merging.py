@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from vlmprune.core.budget import Budget
 from vlmprune.core.context import Context
+from vlmprune.core.info import ModelInfo
+from vlmprune.core.randomness import generator
 from vlmprune.core.selection import Selection
 from vlmprune.core.views import on_device
 from vlmprune.kernels.bipartite import BipartiteMatch, Order, bipartite_match
@@ -84,3 +87,22 @@ def free_entered(context: Context) -> tuple[int, ...]:
 def host_counts(counts: Sequence[int], device: torch.device) -> int | Tensor:
     """One number where all are equal, else an int64 tensor that was copied without waiting for the device."""
     return counts[0] if counts and len(set(counts)) == 1 else on_device(list(counts), device)
+
+
+def block_generator(context: Context, item: int) -> torch.Generator:
+    """A generator of one item's seed and the block, so that blocks draw differently."""
+    return generator(context.item_generator(item).initial_seed() + (context.layer or 0))
+
+
+def reach_notes(
+    context: Context, name: str, shortfall: Callable[[ModelInfo, Budget, int], str | None]
+) -> tuple[str, ...]:
+    """What the report says of budgets that a policy's blocks could not reach, each reason once.
+
+    Args:
+        context: at the policy's last block.
+        name: of the policy.
+        shortfall: reason for a budget on so many free tokens, None where it is reached.
+    """
+    reasons = {shortfall(context.info, context.budget, n) for n in set(free_entered(context)) if n}
+    return tuple(sorted(f"{name}: {reason}." for reason in reasons if reason))

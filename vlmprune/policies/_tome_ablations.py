@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from vlmprune.core.context import Context
-from vlmprune.core.randomness import generator
 from vlmprune.core.views import on_device
 from vlmprune.kernels.bipartite import BipartiteMatch, Order, bipartite_match
-from vlmprune.policies._merging import free_lengths, padding_mask
+from vlmprune.policies._merging import block_generator, free_lengths, padding_mask
 
 
 def match_kth(
@@ -62,8 +61,7 @@ def match_random(context: Context, metric: Tensor, r: Sequence[int], order: Orde
     """
     sources, targets = [], []
     for item, (n, number) in enumerate(zip(free_lengths(context), r, strict=True)):
-        draw = generator(context.item_generator(item).initial_seed() + (context.layer or 0))
-        drawn = context.prefix + torch.randperm(n, generator=draw)
+        drawn = context.prefix + torch.randperm(n, generator=block_generator(context, item))
         sources.append(drawn[:number].sort().values.tolist())
         targets.append(drawn[number:].sort().values.tolist())
     return bipartite_match(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal
 
+from vlmprune.core.budget import Budget
 from vlmprune.core.errors import BudgetError
 from vlmprune.core.flops import tower_flops
 from vlmprune.core.info import ModelInfo
@@ -121,10 +122,8 @@ def view_flops(info: ModelInfo, attended: Sequence[int], passed: Sequence[int]) 
     """
     depth = info.vision_depth or 0
     pairs = [*zip(attended, passed, strict=True), *[(passed[-1], passed[-1])] * depth][:depth]
-    patches = [
-        [info.prefix_tokens + info.merge_unit * number for number in numbers] for numbers in zip(*pairs, strict=True)
-    ]
-    found = tower_flops(info, *patches) if pairs else None
+    patches = [[info.prefix_tokens + info.merge_unit * n for n in pair] for pair in pairs]
+    found = tower_flops(info, [first for first, _ in patches], [second for _, second in patches])
     if found is None:
         raise BudgetError(
             f"The sizes of the vision tower of {info.model_class} are not known, so no schedule can be solved for a "
@@ -136,6 +135,19 @@ def view_flops(info: ModelInfo, attended: Sequence[int], passed: Sequence[int]) 
 def view_tokens(info: ModelInfo) -> int | None:
     """Free tokens of a view as it enters the tower, where the config fixes the grid."""
     return None if info.grid is None else info.grid[0] * info.grid[1] // info.merge_unit
+
+
+def fixed_tokens(info: ModelInfo) -> int | None:
+    """Free tokens of every item as it enters the tower, None where pictures differ or windows split a view."""
+    return view_tokens(info) if info.full_attention_blocks is None else None
+
+
+def check_windows(budget: Budget, info: ModelInfo) -> None:
+    """Refuse a number of tokens per view where a view's windows are reduced one by one."""
+    if budget.tokens is not None and info.full_attention_blocks is not None:
+        raise BudgetError(
+            f"{info.model_class} attends in windows, each of which is reduced by itself; give a share, not {budget}."
+        )
 
 
 def _least(enough: Callable[[Taken], bool], blocks: int, n: int) -> Taken:

@@ -74,6 +74,7 @@ class ToMe(Policy):
     )
     basis = "final"
     takes_flops = True
+    instead_of_keep = ("r",)
 
     r: int | tuple[int, ...] | tuple[int, float] | None = None
     inflect: float = 0.0
@@ -111,8 +112,7 @@ class ToMe(Policy):
             return
         if not self.budget.is_all:
             raise InputError(f"r={r} and {self.budget} both say how much is merged; give one of them.")
-        pair = isinstance(r, (tuple, list)) and len(r) == 2 and isinstance(r[1], float)
-        if pair and not self.inflect:
+        if isinstance(r, (tuple, list)) and len(r) == 2 and isinstance(r[1], float) and not self.inflect:
             object.__setattr__(self, "inflect", r[1])
             r = r[0]
         numbers = r if isinstance(r, (tuple, list)) else (r,)
@@ -148,7 +148,7 @@ class ToMe(Policy):
 
     def blocks(self, info: ModelInfo) -> tuple[int, ...]:
         """The blocks that merge; none behind the one that feeds the projector."""
-        last, n = info.vision_layer(-1), fixed_tokens(info)
+        last, n = info.vision_layer(-1), schedules.fixed_tokens(info)
         if self.r is not None:
             taken = self.schedule(info.vision_depth or 0)
         elif n is not None:
@@ -184,13 +184,10 @@ class ToMe(Policy):
         super().check_count(info)
         if self.r is not None or self.budget.is_all:
             return
-        if self.budget.tokens is not None and info.full_attention_blocks is not None:
-            raise BudgetError(
-                f"{info.model_class} attends in windows, each merged by itself; give a share, not {self.budget}."
-            )
+        schedules.check_windows(self.budget, info)
         if self.budget.flops is not None:
             schedules.merged_flops(info, (), 1)  # the sizes must be known
-        n = fixed_tokens(info)
+        n = schedules.fixed_tokens(info)
         reason = None if n is None else self.shortfall(info, self.budget, n)
         if reason is not None:
             raise BudgetError(f"{reason}; ask for no less, or reduce the tokens behind the encoder as well.")
@@ -201,7 +198,8 @@ class ToMe(Policy):
         if self.r is not None:
             return (self.schedule(info.vision_depth or 0)[block],) * context.n_items
         entered = merging.free_entered(context)
-        return tuple(self.plan(info, context.item_budget(item), n)[block] for item, n in enumerate(entered))
+        taken = {n: self.plan(info, context.budget, n)[block] for n in set(entered)}
+        return tuple(taken[n] for n in entered)
 
     def select_vision_block(self, context: Context) -> Selection:
         """Merge in one block."""
@@ -226,9 +224,7 @@ class ToMe(Policy):
         """The last block says which budgets were out of reach."""
         if self.r is not None or context.layer != context.info.vision_layer(-1):
             return selection
-        pairs = {(context.item_budget(item), n) for item, n in enumerate(merging.free_entered(context))}
-        reasons = {self.shortfall(context.info, budget, n) for budget, n in pairs if n}
-        return replace(selection, notes=tuple(sorted(f"tome: {reason}." for reason in reasons if reason)))
+        return replace(selection, notes=merging.reach_notes(context, self.name, self.shortfall))
 
     def selection_flops(self, info: ModelInfo, n_tokens: int, n_kept: int) -> float | None:
         """Mean and norm of the keys, cosines of the two halves, and the merged features."""
@@ -238,8 +234,3 @@ class ToMe(Policy):
         channels = width // info.vision_heads
         cosines = 2 * (n_tokens - n_tokens // 2) * (n_tokens // 2) * channels
         return float(n_tokens * (3 * width + 3 * channels) + cosines) if n_kept < n_tokens else 0.0
-
-
-def fixed_tokens(info: ModelInfo) -> int | None:
-    """Tokens of every view as it enters the tower, None where pictures or windows differ."""
-    return schedules.view_tokens(info) if info.full_attention_blocks is None else None
