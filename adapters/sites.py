@@ -106,7 +106,8 @@ def run_step(
     if finish is not None:
         selection = finish(selection)
     if selection.group_id is not None and context.site != Site.VISION_BLOCK:  # in the order in which they will stand
-        selection = replace(selection, group_id=ordered_groups(selection.group_id, selection.n_outputs))
+        group = ordered_groups(selection.group_id, selection.n_outputs)
+        selection = replace(selection, group_id=group, pairs=None)
     records.append(
         SiteRecord(
             policy=step.policy.name,
