@@ -71,7 +71,6 @@ PENDING_KINDS: frozenset[tuple[str, str]] = frozenset(
     {
         ("kernels", "dpp"),
         ("tome", "vit"),
-        ("dymu", "vtu"),
     }
 )
 
