@@ -12,6 +12,7 @@ from vlmprune.adapters.idefics3 import Idefics3Family, SmolVLMFamily
 from vlmprune.adapters.internvl import InternVLFamily
 from vlmprune.adapters.llava import LlavaFamily
 from vlmprune.adapters.llava_anyres import LlavaNextFamily, LlavaOnevisionFamily
+from vlmprune.adapters.open_clip_vit import OpenClipFamily
 from vlmprune.adapters.qwen_vl import Qwen2_5_VLFamily, Qwen2VLFamily, Qwen3VLFamily
 from vlmprune.adapters.text import TextFamily
 from vlmprune.adapters.timm_vit import TimmFamily
@@ -34,7 +35,7 @@ FAMILIES: tuple[type[VisionFamily], ...] = (
     Gemma3Family,
 )
 
-VIT_FAMILIES: tuple[type[VitFamily], ...] = (TimmFamily,)
+VIT_FAMILIES: tuple[type[VitFamily], ...] = (TimmFamily, OpenClipFamily)
 
 
 def find_family(model: nn.Module, spans: Sequence[Sequence[tuple[int, int]]] | None = None) -> Family | VitFamily:

@@ -1,4 +1,4 @@
-"""Image models of timm: ``VisionTransformer`` and what derives from it, and ``Eva``."""
+"""Image models of timm: ``VisionTransformer`` and what derives from it, and ``Eva``; also inside those of open_clip."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlmprune.adapters.hooks import HookStack
@@ -16,9 +15,18 @@ from vlmprune.adapters.timm_port import QkvPort, RotaryPort, RotaryTokens
 from vlmprune.adapters.tower_reduction import AttentionPort
 from vlmprune.adapters.tower_tokens import TowerTokens
 from vlmprune.adapters.vision_blocks import BlockKind, BlockParts, block_parts
-from vlmprune.adapters.vit_family import VIT_SIGNALS, VIT_SITES, VitFamily, taken_blocks
+from vlmprune.adapters.vit_family import (
+    VIT_SIGNALS,
+    VIT_SITES,
+    VitFamily,
+    check_map,
+    derives,
+    image_tower,
+    refuse_checkpointing,
+    taken_blocks,
+)
 from vlmprune.adapters.vit_run import VitRun, present_max, size_bias, weighted_mean
-from vlmprune.core.errors import InputError, UnsupportedError
+from vlmprune.core.errors import UnsupportedError
 from vlmprune.core.info import ModelInfo
 
 BLOCKS: Mapping[str, BlockKind] = MappingProxyType(
@@ -33,11 +41,6 @@ OLDEST = "1.0.16"
 POOLS = ("", "token", "avg", "max", "avgmax", "map")
 
 
-def is_timm(model: nn.Module, *names: str) -> bool:
-    """True if a model's class is one of timm's of these names, or derives from one."""
-    return any(c.__name__ in names and c.__module__.split(".")[0] == "timm" for c in type(model).__mro__)
-
-
 class TimmFamily(VitFamily):
     """See the module."""
 
@@ -46,7 +49,11 @@ class TimmFamily(VitFamily):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        return is_timm(model, "VisionTransformer", "Eva")
+        return derives(image_tower(model), "timm", "VisionTransformer", "Eva")
+
+    @property
+    def tower(self) -> nn.Module:
+        return image_tower(self.model)
 
     def info(self) -> ModelInfo:
         return timm_info(self.tower, type(self.model).__name__)
@@ -63,7 +70,7 @@ class TimmFamily(VitFamily):
 
     def attention_port(self, parts: BlockParts) -> AttentionPort:
         attention = parts.attention
-        if is_timm(attention, "EvaAttention", "AttentionRope"):
+        if derives(attention, "timm", "EvaAttention", "AttentionRope"):
             return RotaryPort(attention)
         if type(attention).__name__ != "Attention":
             raise UnsupportedError(
@@ -89,16 +96,9 @@ class TimmFamily(VitFamily):
                 "attn_mask and is_causal are over all patches and cannot follow the tokens that are left; leave them "
                 "out, or run inside handle.disabled()."
             )
-        if arguments.get("output_fmt") == "NCHW" and not restore_length:
-            raise InputError(
-                "Intermediate features as a map (NCHW) need all patches, but restore_length=False leaves them short; "
-                "ask for output_fmt='NLC', or apply with restore_length=True."
-            )
-        if self.tower.grad_checkpointing and torch.is_grad_enabled():
-            raise UnsupportedError(
-                "Gradient checkpointing runs blocks again without the state of the forward; call "
-                "model.set_grad_checkpointing(False), or run under torch.no_grad() or inside handle.disabled()."
-            )
+        check_map(arguments, restore_length)
+        if self.tower.grad_checkpointing:
+            refuse_checkpointing()
 
     def taken(self, entry: str, arguments: Mapping[str, Any]) -> frozenset[int]:
         if entry != "forward_intermediates":
@@ -120,7 +120,7 @@ class TimmFamily(VitFamily):
         if weights is None or (tower.attn_pool is None and kind in ("", "token")):
             return original(x) if pool_type is None else original(x, pool_type)
         if tower.attn_pool is not None:
-            if not is_timm(tower, "Eva") and not getattr(tower, "pool_include_prefix", False):
+            if not derives(tower, "timm", "Eva") and not getattr(tower, "pool_include_prefix", False):
                 x, weights = x[:, self.prefix() :], weights[:, self.prefix() :]
             return tower.attn_pool(x, attn_mask=size_bias(weights, x.dtype)[:, None, None])
         if not getattr(tower, "pool_include_prefix", False):
@@ -138,7 +138,7 @@ def timm_info(tower: nn.Module, model_class: str) -> ModelInfo:
         UnsupportedError: a head that cannot weigh tokens by what they stand for.
     """
     pool = tower.attn_pool
-    if tower.global_pool not in POOLS or (pool is not None and not is_timm(pool, "AttentionPoolLatent")):
+    if tower.global_pool not in POOLS or (pool is not None and not derives(pool, "timm", "AttentionPoolLatent")):
         raise UnsupportedError(
             f"global_pool={tower.global_pool!r} cannot count merged tokens as often as they stand for patches; "
             f"supported: {', '.join(repr(name) for name in POOLS)}."

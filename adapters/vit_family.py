@@ -6,14 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vlmprune.adapters.batched_tokens import BatchedTokens
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.tower_reduction import AttentionPort
-from vlmprune.adapters.tower_tokens import BatchedTokens, TowerTokens
+from vlmprune.adapters.tower_tokens import TowerTokens
 from vlmprune.adapters.vision_blocks import BlockParts
 from vlmprune.adapters.vit_run import VitRun
 from vlmprune.core import signals as s
+from vlmprune.core.errors import InputError, UnsupportedError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.sites import Site
 
@@ -106,3 +109,41 @@ def taken_blocks(indices: int | Sequence[int] | None, depth: int) -> frozenset[i
         return frozenset(range(depth))
     chosen = range(depth - indices, depth) if isinstance(indices, int) else indices
     return frozenset({index % depth for index in chosen} | {depth - 1})
+
+
+def derives(model: nn.Module, package: str, *names: str) -> bool:
+    """True if a model's class is one of a package's classes of these names, or derives from one."""
+    return any(c.__name__ in names and c.__module__.split(".")[0] == package for c in type(model).__mro__)
+
+
+def image_tower(model: nn.Module) -> nn.Module:
+    """The tower that a model of open_clip has for images, or the model itself; inside a ``TimmModel`` timm's."""
+    if derives(model, "open_clip", "CLIP", "CustomTextCLIP", "CoCa"):
+        model = model.visual
+    return model.trunk if derives(model, "open_clip", "TimmModel") else model
+
+
+def check_map(arguments: Mapping[str, Any], restore_length: bool) -> None:
+    """Refuse features as a map where they stay short.
+
+    Raises:
+        InputError: ``output_fmt`` asks for it.
+    """
+    if arguments.get("output_fmt") == "NCHW" and not restore_length:
+        raise InputError(
+            "Intermediate features as a map (NCHW) need all patches, but restore_length=False leaves them short; "
+            "ask for output_fmt='NLC', or apply with restore_length=True."
+        )
+
+
+def refuse_checkpointing() -> None:
+    """Refuse gradient checkpointing where gradients are on.
+
+    Raises:
+        UnsupportedError: they are.
+    """
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            "Gradient checkpointing runs blocks again without the state of the forward; call "
+            "model.set_grad_checkpointing(False), or run under torch.no_grad() or inside handle.disabled()."
+        )

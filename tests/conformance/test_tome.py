@@ -4,7 +4,7 @@ Golden kinds and settings, each through `ToMe.select` on a context: `reference` 
 token as the tower's prefix (where both exist the unmerged values are those of each token's group: the authors' unmerge
 mixes up that layout); `chain` -> `ToMe(r=[...])` block after block; `kth` -> `ToMe(r=[1], matching="kth", k)`;
 `parse` -> `ToMe(r, inflect).schedule`; `propattn` -> what the requests ask for. `reference` and `chain` also run on
-both implementations of the kernel. `vit` waits for the adapter of timm's towers (`golden_io.PENDING_KINDS`).
+both implementations of the kernel. `vit` -> `vlmprune.apply(timm_model, ToMe(r=[...], prop_attn))`, end to end.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from golden_io import Case
 from torch import Tensor
 
+import vlmprune
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.selection import Selection
 from vlmprune.core.signals import KeyMean
@@ -169,3 +170,25 @@ def test_proportional_attention(case: Case) -> None:
     bias = weights.log()[:, None, None]
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     torch.testing.assert_close(out.transpose(1, 2).flatten(2), tensor(case.outputs["o"]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.golden("tome", "vit")
+@torch.no_grad()
+def test_vision_transformer(case: Case) -> None:
+    """The authors' patch of a timm model, end to end."""
+    timm = pytest.importorskip("timm")
+    number = {name: case.integer(name) for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+    model = timm.models.VisionTransformer(**number, mlp_ratio=case.integer("mlp_ratio_x2") / 2, num_classes=5).eval()
+    model.load_state_dict({name: tensor(value) for name, value in case.state.items()})
+    image, want = tensor(case.inputs["image"]), {name: tensor(value) for name, value in case.outputs.items()}
+    torch.testing.assert_close(model(image), want["logits_dense"], atol=1e-5, rtol=0)
+    policy = ToMe(r=case.params["r_schedule"].tolist(), prop_attn=bool(case.integer("prop_attn")))
+    with vlmprune.applied(model, policy) as handle:
+        torch.testing.assert_close(model(image), want["logits"], atol=1e-5, rtol=0)
+        [site] = handle.last.sites
+    source = sources(site.selection.group_id, site.selection.n_out)  # of the patches; CLS stands before them
+    assert torch.equal(source, want["source"][:, 1:, 1:])
+    assert torch.equal(source.sum(2, keepdim=True), want["size"][:, 1:])
+    cls = torch.zeros(source.shape[2] + 1)
+    cls[0] = 1
+    assert (want["source"][:, 0] == cls).all() and (want["source"][:, 1:, 0] == 0).all()

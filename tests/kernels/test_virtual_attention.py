@@ -78,9 +78,7 @@ def test_folding_by_hand(mapping: Tensor) -> None:
         for token in range(N + 1):
             inside = y[row][:, tokens == token]
             torch.testing.assert_close(total[row, :, token], inside.sum(1))
-            torch.testing.assert_close(
-                mean[row, :, token], inside.mean(1) if inside.numel() else torch.zeros(3).double()
-            )
+            torch.testing.assert_close(mean[row, :, token], inside.mean(1) if inside.numel() else y.new_zeros(3))
 
 
 def test_expanding_and_folding_have_gradients() -> None:
