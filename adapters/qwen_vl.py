@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from vlmprune.adapters.family import Encoded, text_info
 from vlmprune.adapters.layout import ImageShape, Kind
+from vlmprune.adapters.packed_port import PackedPort
 from vlmprune.adapters.packed_tower import PackedTower
 from vlmprune.adapters.text import TEXT_SIGNALS
+from vlmprune.adapters.tower_reduction import AttentionPort
+from vlmprune.adapters.tower_tokens import TowerTokens
 from vlmprune.adapters.towers import TowerRun
+from vlmprune.adapters.vision_blocks import BlockParts
 from vlmprune.adapters.vision_family import TOWER_SIGNALS, VisionFamily
 from vlmprune.core.context import View
 from vlmprune.core.errors import InputError, UnsupportedError
@@ -64,7 +68,7 @@ class QwenVLFamily(VisionFamily):
         return ModelInfo(
             family=self.name,
             model_class=type(self.model).__name__,
-            sites=frozenset({Site.IMAGE, Site.POST_ENCODER, Site.DECODER_LAYER, Site.KV_CACHE}),
+            sites=frozenset({Site.IMAGE, Site.VISION_BLOCK, Site.POST_ENCODER, Site.DECODER_LAYER, Site.KV_CACHE}),
             signals=TEXT_SIGNALS | TOWER_SIGNALS,
             vision_depth=depth,
             feature_block=depth - 1,
@@ -72,8 +76,17 @@ class QwenVLFamily(VisionFamily):
             mrope=True,
             full_attention_blocks=self.full_attention_blocks,
             video=True,
+            **self.tower_sizes(config.vision_config),
             **text_info(self.text_model.config),
         )
+
+    def tower_sizes(self, config: Any) -> dict[str, Any]:
+        """Sizes of the tower's blocks for :class:`ModelInfo` from its config."""
+        return {
+            "vision_hidden": config.hidden_size,
+            "vision_heads": config.num_heads,
+            "vision_ffn": config.intermediate_size,
+        }
 
     def shapes(
         self, kwargs: Mapping[str, Any], masks: Mapping[Kind, np.ndarray], encoded: Encoded
@@ -102,8 +115,11 @@ class QwenVLFamily(VisionFamily):
         patches = values[:, :, : view.length * unit].movedim(2, -1)  # [I, V, C, P]
         return merge_unit_mass(patches, unit).movedim(-1, 2).flatten(1, 2)
 
-    def projector_patches(self, run: TowerRun, states: Tensor) -> Tensor:
-        return run.patches(states)
+    def projector_patches(self, run: TowerRun, states: Tensor, tokens: TowerTokens | None) -> Tensor:
+        return run.patches(states, tokens)
+
+    def attention_port(self, parts: BlockParts) -> AttentionPort:
+        return PackedPort(parts.attention)
 
 
 class Qwen2VLFamily(QwenVLFamily):
@@ -111,6 +127,13 @@ class Qwen2VLFamily(QwenVLFamily):
 
     name = "qwen2_vl"
     classes = ("Qwen2VLForConditionalGeneration", "Qwen2VLModel")
+
+    def tower_sizes(self, config: Any) -> dict[str, Any]:
+        return {
+            "vision_hidden": config.embed_dim,
+            "vision_heads": config.num_heads,
+            "vision_ffn": int(config.embed_dim * config.mlp_ratio),
+        }
 
 
 class Qwen2_5_VLFamily(QwenVLFamily):
@@ -128,6 +151,9 @@ class Qwen2_5_VLFamily(QwenVLFamily):
     def full_attention_blocks(self) -> tuple[int, ...]:
         return tuple(self.model.config.vision_config.fullatt_block_indexes)
 
+    def tower_sizes(self, config: Any) -> dict[str, Any]:
+        return {**super().tower_sizes(config), "vision_gated": True}
+
 
 class Qwen3VLFamily(QwenVLFamily):
     """Qwen3-VL: features of earlier tower blocks are added after the first decoder layers."""
@@ -138,3 +164,7 @@ class Qwen3VLFamily(QwenVLFamily):
     @property
     def deepstack_levels(self) -> int:  # type: ignore[override]
         return len(self.model.config.vision_config.deepstack_visual_indexes)
+
+    @property
+    def projectors(self) -> tuple[nn.Module, ...]:
+        return (self.projector, *self.tower_module.deepstack_merger_list)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.adapters.delivery import why_missing
+from vlmprune.adapters.tower_plan import check_tower_layer, check_tower_steps
 from vlmprune.core.context import Context
 from vlmprune.core.errors import InputError, SignalError
 from vlmprune.core.info import ModelInfo
@@ -20,6 +21,7 @@ from vlmprune.core.report import SiteRecord
 from vlmprune.core.selection import Selection
 from vlmprune.core.signals import Pixels, Signal
 from vlmprune.core.sites import Site, SiteRequest
+from vlmprune.kernels.gather import ordered_groups
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,14 @@ def plan(policy: Policy, info: ModelInfo) -> tuple[Step, ...]:
                     )
             wanted = tuple(signal for signal, reason in missing.items() if reason is None)
             steps.append(Step(leaf, replace(request, signals=wanted)))
+    check_tower_steps(steps)
     return tuple(steps)
 
 
 def _check_layer(leaf: Policy, request: SiteRequest, info: ModelInfo) -> None:
-    """Refuse a decoder layer that does not exist: a policy there would never act."""
+    """Refuse a layer at which a policy would never act."""
+    if request.site == Site.VISION_BLOCK:
+        check_tower_layer(leaf.name, request, info)
     depth = info.text_depth or 0
     if request.site in (Site.DECODER_LAYER, Site.KV_CACHE) and not 0 <= (request.layer or 0) < depth:
         raise InputError(
@@ -100,6 +105,9 @@ def run_step(
     selection = step.policy.select(context)
     if finish is not None:
         selection = finish(selection)
+    if selection.group_id is not None and context.site != Site.VISION_BLOCK:  # in the order in which they will stand
+        group = ordered_groups(selection.group_id, selection.n_outputs)
+        selection = replace(selection, group_id=group, pairs=None)
     records.append(
         SiteRecord(
             policy=step.policy.name,

@@ -76,7 +76,7 @@ def text_signal(signal: s.Signal, call: Prefill, query: Tensor, key: Tensor, mas
         return per_token(attention_rows(query, key, rows, scale=scale, **masking).mean(1), call)
     of_rows = call.expansion.mapping[:, None] == rows.masked_fill(rows < 0, -2)[..., None]  # [B, R, m]
     places, _ = pack_indices(of_rows.flatten(0, 1))
-    every = attention_rows(query, key, places.view(len(rows), -1), scale=scale, **masking).mean(1)
+    every = attention_rows(query, key, places.reshape(len(rows), -1), scale=scale, **masking).mean(1)
     mean = every.unflatten(1, (rows.shape[1], -1)).sum(2) / of_rows.sum(2, keepdim=True).clamp_min(1)
     return per_token(mean, call)
 

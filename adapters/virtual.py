@@ -25,7 +25,7 @@ from vlmprune.adapters.expansion import Expansion, Tables
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.tokens import pack, places_of
-from vlmprune.core.errors import UnsupportedError
+from vlmprune.core.errors import InputError, UnsupportedError
 from vlmprune.core.selection import Selection
 from vlmprune.kernels.virtual_attention import expand, fold_mean
 
@@ -47,13 +47,23 @@ ROTATED_LAST = frozenset(
 
 
 def merge(call: Prefill, selection: Selection, rows: Tensor, place: Tensor, valid: Tensor) -> None:
-    """Let the members of each group of a merging selection stand behind that group's token from now on.
+    """Let the members of each group of a merging selection stand behind that group's token from now on; one that only
+    drops tokens changes nothing.
 
     Args:
         call: the prefill, before its first decoder layer.
-        selection: groups of the tokens at the ``valid`` ones of ``place [I, N]`` in rows ``[I]``.
+        selection: of the tokens at the ``valid`` ones of ``place [I, N]`` in rows ``[I]``.
+
+    Raises:
+        InputError: it makes new tokens otherwise.
     """
-    assert selection.group_id is not None
+    if selection.is_pruning:
+        return
+    if selection.group_id is None:
+        raise InputError(
+            "The policy made new tokens, of which it is not known at which places they stand, but asks for virtual "
+            "positions; give 'keep' or 'compact', or a policy that merges groups of tokens."
+        )
     anchors = place.gather(1, selection.anchors().clamp_min(0))  # [I, M]
     target = anchors.gather(1, selection.group_id.clamp_min(0))  # [I, N]
     batch, length = call.real.shape

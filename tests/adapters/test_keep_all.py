@@ -11,6 +11,7 @@ from model_state import generated, logits
 from policy_matrix import CASES
 
 import vlmprune
+from vlmprune.core.registry import registry
 
 
 def keep_everything(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -18,8 +19,13 @@ def keep_everything(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
     neutral = {"keep": 1.0}
     if name == "todre":
         neutral["tau"] = None
+    if name == "dymu":
+        neutral["thresholds"] = None
     if name == "vflowopt":
         neutral |= {"r1": None, "r2": None}
+    neutral |= dict.fromkeys(set(registry.get(name).instead_of_keep) & set(parameters))
+    if name == "tome":
+        neutral["inflect"] = 0.0  # goes with r only
     if "factor" in parameters:
         neutral |= {"factor": 1.0, "jpeg": False}
     return parameters | neutral

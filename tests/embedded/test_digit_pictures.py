@@ -47,7 +47,7 @@ def test_the_digit_lies_in_its_box_and_has_the_contrast():
     for seed in range(20):
         picture = draw_picture(np.random.default_rng(seed), "train", settings)
         x0, y0, x1, y1 = picture.bbox
-        assert 28 <= x1 - x0 == y1 - y0 == picture.size <= 60 and min(x0, y0) >= 0 and max(x1, y1) <= 224
+        assert 32 <= x1 - x0 == y1 - y0 == picture.size <= 52 and min(x0, y0) >= 0 and max(x1, y1) <= 224
         outside = picture.image.astype(int)
         inside = outside[y0:y1, x0:x1] @ LUMINANCE
         edge = picture.size // 8  # the card's corners show the ground

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +59,12 @@ def groups(selection: Selection) -> list[list[list[int]]]:
 
 def first_requests(policy: Policy, info: ModelInfo) -> list[SiteRequest]:
     return tower_requests(policy, info)[:2] + tower_requests(policy, info)[-1:]
+
+
+@pytest.mark.parametrize("name", ["_tower_schedule", "_zero_tprune_plan"])
+def test_examples_of_the_arithmetic(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"vlmprune.policies.{name}"))
+    assert result.attempted and not result.failed
 
 
 @pytest.mark.parametrize("info", INFOS)

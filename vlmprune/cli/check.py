@@ -18,7 +18,7 @@ def check(
     model: Annotated[
         str | None, typer.Option(help="Model to try it on; default: a small one with random weights.")
     ] = None,
-    keep: Annotated[str, typer.Option(help="Budget as in `run`.")] = CHECK_KEEP,
+    keep: Annotated[str | None, typer.Option(help="Budget as in `run`.", show_default=CHECK_KEEP)] = None,
     param: ParamOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -26,12 +26,14 @@ def check(
     from vlmprune.core.registry import registry
 
     parameters = parse_parameters(param) if policy is not None else {}
-    policies = [build_policy(name, keep, parameters) for name in ([policy] if policy else registry.available())]
+    names = [policy] if policy else registry.available()
+    policies = [build_policy(name, keep, parameters, CHECK_KEEP) for name in names]
 
-    from vlmprune.cli.contract import check_names, check_policy, mini_subject, real_subject, require_reduction
+    from vlmprune.cli.contract import check_names, check_policy, mini_subject, prepared, real_subject, require_reduction
 
     policies = [require_reduction(chosen) for chosen in policies]
     subject = mini_subject() if model is None else real_subject(*load(model, device="cpu"))
+    policies = [prepared(chosen, subject) for chosen in policies]
     findings = [finding for chosen in policies for finding in check_policy(chosen, subject)]
     failed = [finding for finding in findings if not finding.passed]
     if as_json:

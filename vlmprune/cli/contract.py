@@ -18,10 +18,12 @@ from PIL import Image
 
 from vlmprune.adapters.detect import model_info
 from vlmprune.api import applied
+from vlmprune.cli.catalogue import REFERENCE
 from vlmprune.core.config import compose, from_dict, to_dict
 from vlmprune.core.errors import InputError
 from vlmprune.core.policy import Policy
 from vlmprune.core.report import Report
+from vlmprune.measurement import measure
 
 ROWS = 3
 BATCH_TOLERANCE = 1e-4  # of logits; sums run in another order in a padded batch
@@ -60,6 +62,17 @@ def check_policy(policy: Policy, subject: Subject) -> list[Finding]:
             detail = f"{type(error).__name__}: {error}"
         findings.append(Finding(policy.name, name, not detail, detail))
     return findings
+
+
+def prepared(policy: Policy, subject: Subject) -> Policy:
+    """The policy, with what has to be measured on the subject's tower before it can be applied."""
+    info = model_info(subject.model)
+    measurement = policy.measurement(info)
+    if measurement is None:
+        return policy
+    found = measure(subject.model, policy, [subject.encode(range(ROWS))] * 2, least=2)
+    measurement.means = found.values
+    return measurement.result()
 
 
 def mini_subject() -> Subject:
@@ -212,11 +225,11 @@ def _count_hooks(model: torch.nn.Module) -> int:
 
 
 def require_reduction(policy: Policy) -> Policy:
-    """The policy, if its budget asks for fewer tokens.
+    """The policy, if its settings ask for fewer tokens.
 
     Raises:
         InputError: it keeps everything, so that nothing could be checked.
     """
-    if all(leaf.budget.is_all for leaf in policy.leaves()):
+    if not any(leaf.reduces(REFERENCE) for leaf in policy.leaves()):
         raise InputError(f"{policy.budget} keeps every token; give a smaller budget to check.")
     return policy

@@ -35,25 +35,31 @@ DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or floa
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 
 
-def build_policy(name: str, keep: str | None = None, parameters: dict[str, Any] | None = None) -> Policy:
+def build_policy(
+    name: str, keep: str | None = None, parameters: dict[str, Any] | None = None, default: str = DEFAULT_KEEP
+) -> Policy:
     """A policy from the command line.
 
     Args:
         name: a registered name, names joined by ``+`` (a composition, one budget each), or a config file.
-        keep: budget as text; None takes the file's, else ``DEFAULT_KEEP``.
+        keep: budget as text; None takes the file's, else ``default``, unless a parameter stands in its place.
         parameters: hyper-parameters, for a single name only.
+        default: see ``keep``.
 
     Raises:
         InputError: unknown name or parameter, or a budget out of range.
     """
     from vlmprune.core.budget import Budget
     from vlmprune.core.config import resolve
+    from vlmprune.core.registry import registry
 
     given = dict(parameters or {})
     if name.endswith((".yaml", ".yml", ".json")):
         return resolve(name, **given, **({} if keep is None else {"keep": keep}))
-    budget = Budget.parse(keep or DEFAULT_KEEP).describe()
+    budget = Budget.parse(keep or default).describe()
     if "+" not in name:
+        if keep is None and set(given) & set(registry.get(name).instead_of_keep):
+            return resolve(name, **given)
         return resolve(name, keep=budget, **given)
     return resolve([part.strip() for part in name.split("+")], keep=budget, **given)
 

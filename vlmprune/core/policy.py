@@ -63,6 +63,8 @@ class Policy:
     takes_flops: ClassVar[bool] = False
     measured: ClassVar[bool] = False
     newlines: ClassVar[NewlineRule] = "rows"
+    instead_of_keep: ClassVar[tuple[str, ...]] = ()
+    """Parameters that say how much is kept in place of ``keep``."""
 
     keep: Any = field(default=1.0, kw_only=True)
     positions: Positions = field(default="auto", kw_only=True)

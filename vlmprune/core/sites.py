@@ -34,8 +34,8 @@ class SiteRequest:
         positions: ``keep`` leaves the position ids with which tokens entered the site; ``compact`` numbers
             the survivors and all later tokens as if the dropped ones had never been there. ``virtual`` (merges
             at ``vision_block`` and ``post_encoder``): in the decoder's attention a merged token stands at the
-            positions of all tokens that went into it, and where tokens are dropped it is ``keep``. ``auto`` is resolved by the policy before the request
-            reaches an adapter.
+            positions of all tokens that went into it; for a selection that only drops it is ``keep``. ``auto``
+            is resolved by the policy before the request reaches an adapter.
         projected: at ``post_encoder``: False selects among encoder outputs before the projector.
         place: at ``vision_block``: ``"before"`` the block, with signals of the block before it, or in its
             ``"middle"``, between the attention's residual and the MLP, with signals of its own attention.

@@ -75,7 +75,7 @@ class PictureSettings:
         plain: probability of a plain background.
     """
 
-    size: tuple[int, int] = (28, 60)
+    size: tuple[int, int] = (32, 52)
     contrast: tuple[float, float] = (70.0, 210.0)
     opacity: tuple[float, float] = (0.6, 1.0)
     angle: float = 10.0

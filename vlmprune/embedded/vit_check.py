@@ -27,7 +27,7 @@ from .digit_pictures import CLASSES, DigitPicture, digit_picture
 from .vit_files import load_vit
 
 logger = logging.getLogger("vlmprune.embedded.vit_check")
-SIZES = ((28, 38), (39, 49), (50, 60))
+SIZES = ((32, 38), (39, 45), (46, 52))
 CONTRASTS = ((70, 115), (115, 160), (160, 210))
 RANDOM = (147, 98, 49, 20)
 Counts = dict[str, dict[str, int]]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vlmprune.core.errors import BudgetError, InputError
+from vlmprune.core.errors import InputError
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.measured import Measured, RunningMean, TokenCount, read_measured
 from vlmprune.core.records import SiteRecord
@@ -67,10 +67,6 @@ class ThresholdMeans:
     """
 
     def __init__(self, policy: DyMU, info: ModelInfo, tolerance: float, least: int) -> None:
-        if policy.budget.is_all:
-            raise BudgetError("A calibration is for fewer tokens than all; give a keep below 1.0.")
-        if policy.mode != "dynamic" or policy.thresholds is not None or policy.artefact is not None:
-            raise InputError("A calibration finds the thresholds of mode='dynamic'; leave out mode and thresholds.")
         self.means: list[RunningMean] = []
         self._wanted, self._info = policy, info
         self._tolerance, self._least = tolerance, least
@@ -87,12 +83,12 @@ class ThresholdMeans:
         return 0 < len(errors) == len(self.means) and all(e is not None and e < self._tolerance for e in errors)
 
     def update(self, records: Sequence[SiteRecord]) -> None:
-        """Take in one threshold per block."""
+        """Take in one threshold for each block that the schedule does not leave out."""
         known = {mean.layer: mean for mean in self.means}
         for record in records:
-            layer = record.layer or 0
-            mean = known.setdefault(layer, RunningMean(layer=layer))
-            mean.add(batch_threshold(record))
+            scores, layer = record.selection.scores, record.layer or 0
+            if scores is not None:
+                known.setdefault(layer, RunningMean(layer=layer)).add(batch_threshold(record, scores))
         self.means = sorted(known.values(), key=lambda mean: mean.layer)
 
     def result(self) -> DyMU:
@@ -108,12 +104,9 @@ class ThresholdMeans:
         return TokenCount(entered=sum(first), left=sum(first) - removed, wanted=wanted)
 
 
-def batch_threshold(record: SiteRecord) -> float:
+def batch_threshold(record: SiteRecord, scores: Tensor) -> float:
     """Similarity of the best pair of a batch that did not merge, at least 0 (the last pair's where all merged)."""
-    scores = record.selection.scores
-    if scores is None:
-        raise InputError("The record of a calibration needs the scores of its tokens.")
-    rows: Tensor = scores[:, 0::2].flatten().sort(descending=True).values
+    rows = scores[:, 0::2].flatten().sort(descending=True).values
     merged = sum(record.tokens_in) - sum(record.tokens_out)
     return max(0.0, float(rows[min(merged, len(rows) - 1)]))
 

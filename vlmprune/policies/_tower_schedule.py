@@ -122,10 +122,8 @@ def view_flops(info: ModelInfo, attended: Sequence[int], passed: Sequence[int]) 
     """
     depth = info.vision_depth or 0
     pairs = [*zip(attended, passed, strict=True), *[(passed[-1], passed[-1])] * depth][:depth]
-    patches = [
-        [info.prefix_tokens + info.merge_unit * number for number in numbers] for numbers in zip(*pairs, strict=True)
-    ]
-    found = tower_flops(info, *patches) if pairs else None
+    patches = [[info.prefix_tokens + info.merge_unit * n for n in pair] for pair in pairs]
+    found = tower_flops(info, [first for first, _ in patches], [second for _, second in patches])
     if found is None:
         raise BudgetError(
             f"The sizes of the vision tower of {info.model_class} are not known, so no schedule can be solved for a "

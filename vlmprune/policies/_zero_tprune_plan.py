@@ -130,7 +130,7 @@ def to_count(n: int, count: int, cuts: tuple[bool, ...], similar: tuple[int, ...
 
     Example:
         >>> to_count(196, 65, (False, True, True, True, False), (10,) * 5)
-        ((10, 186), (10, 140), (10, 103), (10, 75), (10, 65))
+        ((10, 186), (10, 140), (10, 104), (10, 75), (10, 65))
     """
     whole = (1.0,) * len(cuts)
     if at_rates(n, whole, similar)[-1][1] <= count:

@@ -110,7 +110,9 @@ class DyMU(Policy):
         object.__setattr__(self, "_found", load_thresholds(self))
 
     def reduces(self, info: ModelInfo) -> bool:
-        return self.thresholds is not None or super().reduces(info)
+        n = fixed_tokens(info)
+        all_stay = self.budget.is_all or (n is not None and self.budget.tokens is not None and self.budget.tokens >= n)
+        return self.thresholds is not None or not all_stay
 
     def requests(self, info: ModelInfo) -> tuple[SiteRequest, ...]:
         if not self.reduces(info):
@@ -192,6 +194,8 @@ class DyMU(Policy):
         counts: tuple[int, ...] | None = None
         official = self.compat == "official"
         wanted = self.wanted(context) if self.mode != "dynamic" or self.max_r_ratio is not None else ()
+        if self.mode != "dynamic" and not any(wanted):
+            return replace(Selection.keep_all(context.valid, context.lengths), notes=self._notes(context))
         limits = None if self.max_r_ratio is None else [int(self.max_r_ratio * r) for r in wanted]
         if self.mode == "dynamic":
             tau = self.block_thresholds(context.info)[context.layer or 0]
@@ -199,8 +203,7 @@ class DyMU(Policy):
         elif self.mode == "batch":
             match = matching.best_of_batch(context, wanted, limits)
         else:
-            free = merging.free_lengths(context)
-            taken = [min(r, n // 2) for r, n in zip(wanted, free, strict=True)]
+            taken = [min(r, n // 2) for r, n in zip(wanted, merging.free_lengths(context), strict=True)]
             match = matching.best(context, taken, official)
             if context.pinned is None:
                 counts = tuple(n - gone for n, gone in zip(context.lengths, taken, strict=True))
@@ -221,12 +224,16 @@ class DyMU(Policy):
         reasons = {self._shortfall(context.info, budget, n) for budget, n in pairs}
         return tuple(sorted(f"dymu: {reason}." for reason in reasons if reason))
 
-    def measurement(self, info: ModelInfo, *, tolerance: float = 1e-3, least: int = 10) -> ThresholdMeans:
-        """The thresholds at which a batch of pictures keeps ``keep`` on average.
+    def measurement(self, info: ModelInfo, *, tolerance: float = 1e-3, least: int = 10) -> ThresholdMeans | None:
+        """The thresholds at which batches of pictures keep ``keep`` on average; None where none are needed.
 
         Raises:
-            InputError: ``keep`` is 1.0, or thresholds are given already.
+            BudgetError: ``keep`` keeps every token.
         """
+        if self.mode != "dynamic" or self.thresholds is not None or self.artefact is not None:
+            return None
+        if not self.reduces(info):
+            raise BudgetError(f"A calibration is for fewer tokens than all; {self.budget} keeps them.")
         return ThresholdMeans(self, info, tolerance, least)
 
     def selection_flops(self, info: ModelInfo, n_tokens: int, n_kept: int) -> float | None:

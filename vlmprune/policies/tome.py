@@ -74,6 +74,7 @@ class ToMe(Policy):
     )
     basis = "final"
     takes_flops = True
+    instead_of_keep = ("r",)
 
     r: int | tuple[int, ...] | tuple[int, float] | None = None
     inflect: float = 0.0
@@ -111,8 +112,7 @@ class ToMe(Policy):
             return
         if not self.budget.is_all:
             raise InputError(f"r={r} and {self.budget} both say how much is merged; give one of them.")
-        pair = isinstance(r, (tuple, list)) and len(r) == 2 and isinstance(r[1], float)
-        if pair and not self.inflect:
+        if isinstance(r, (tuple, list)) and len(r) == 2 and isinstance(r[1], float) and not self.inflect:
             object.__setattr__(self, "inflect", r[1])
             r = r[0]
         numbers = r if isinstance(r, (tuple, list)) else (r,)

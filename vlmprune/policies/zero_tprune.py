@@ -53,12 +53,10 @@ class ZeroTPrune(Policy):
         keep_rates: share of the tokens that each I-stage keeps, ``max(1, int(rate * n))``, in place of ``keep``: one
             for each pruning layer, or a number for all; 1 leaves the S-stage alone.
         s_prune: tokens that each S-stage removes, at most half of those there: a number, or one for each pruning
-            layer. None: 5 % of the tokens that entered, the paper's 10 of 196; all of these with a budget, or
-            fewer where it allows fewer.
+            layer. None: 5 % of the tokens that entered, the paper's 10 of 196. Fewer where ``keep`` asks for less.
         layers: 0-based blocks before which tokens are pruned (the paper: after the k-th block, counted from 1), or
             shares of the depth. None: the paper's 1, 3, 6, 9 and 11 of 12, at the same share of the depth elsewhere,
-            at most the block that feeds the projector; with ``keep`` those that fall together on a shallow tower are
-            one.
+            at most the block that feeds the projector; those that fall together on a shallow tower are one.
         iters: rounds of each I-stage, a number or one for each pruning layer. None: 30 in the first quarter of the
             depth, 1 in the last, else 5.
         v_min: smallest variance of a head's scores (mean 1) over the tokens but CLS and the like that counts.
@@ -75,9 +73,9 @@ class ZeroTPrune(Policy):
         tau: temperature of ``fusion="scores"``.
         seed: global seed of the random partition.
 
-    Our decisions where the paper says nothing: the scores start with mean 1, for only then the published range of
-    variances makes sense; rows of removed tokens are taken out; the default layers, rates and rounds come from
-    a secondary source; equal scores go to the lowest index; a token of several patches has the mean of their keys.
+    Our decisions where the paper says nothing: scores have mean 1, for only then the published range of variances
+    makes sense; rows of removed tokens are taken out; default layers, rates and rounds come from a secondary source;
+    equal scores go to the lowest index; a token of several patches has the mean of their keys.
 
     Cost per pruning layer: ``2 H N^2`` FLOPs per round, or ``2 N^2 D`` where the attention is recomputed; ``N^2 D / 2``
     for the similarities.
@@ -92,9 +90,11 @@ class ZeroTPrune(Policy):
         "Transformers",
         arxiv="2305.17328",
         venue="CVPR 2024",
+        code_licence="not known",
     )
     basis = "final"
     takes_flops = True
+    instead_of_keep = ("preset", "keep_rates")
 
     preset: Literal["deit_s"] | None = None
     keep_rates: float | tuple[float, ...] | None = None
@@ -220,7 +220,7 @@ class ZeroTPrune(Policy):
         free = free_tokens(context)
         n = free_lengths(context) if context.pinned is None else tuple(free.sum(1).tolist())
         stages = self.stages(context.info)
-        stage = stages.layers.index(context.layer or 0)
+        stage, last = stages.layers.index(context.layer or 0), len(stages.layers) - 1
         remove, keep = zip(*self._counts(context, stage, n), strict=True)
         alive, scores = padding_mask(context), None
         if any(remove):
@@ -233,9 +233,8 @@ class ZeroTPrune(Policy):
             left = marked(best, context.width) | (context.valid & ~free)
         counts = tuple(length - now + k for length, now, k in zip(context.lengths, n, keep, strict=True))
         selection = Selection.from_mask(left, counts, scores)
-        if self._rated or stage < len(stages.layers) - 1:
-            return selection
-        return replace(selection, notes=reach_notes(context, self.name, self.shortfall))
+        notes = reach_notes(context, self.name, self.shortfall) if stage == last and not self._rated else ()
+        return replace(selection, notes=notes)
 
     def _counts(self, context: Context, stage: int, n: Sequence[int]) -> Counts:
         """What the S-stage removes and the I-stage leaves of the ``n`` tokens of each item that may go."""

@@ -34,7 +34,7 @@ class Run:
         self.stage, self.out, self.settings, self.rank, self.world = stage, out, settings, rank, world
         self.flat = FlatParameters(modules, settings.ema)
         self.optimizer = self.flat.optimizer(settings.lr)
-        self.clock = Clock(settings.minutes * 60)
+        self.clock = Clock(settings.minutes * 60, cpu_time=settings.cpu_time)
         self.step, self.progress = 0, 0.0
         self.recent: dict[str, float] = {}
         state = load_checkpoint(self._path)
