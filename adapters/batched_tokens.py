@@ -63,7 +63,7 @@ class BatchedTokens(TowerTokens):
         self._bias = {}
         self._wide = torch.promote_types(states.dtype, torch.float32)
         if self._units is None:
-            return reduced
+            return like(reduced, states)
         width = states.shape[2]
         patches = reduced[:, self.prefix :].reshape(reduced.shape[0], -1, width)
         return torch.cat([reduced[:, : self.prefix, :width], patches], 1)
@@ -152,3 +152,10 @@ class BatchedTokens(TowerTokens):
         if self._unit == 1:
             return values
         return torch.cat([values[:, : self.prefix], values[:, self.prefix :].repeat_interleave(self._unit, 1)], 1)
+
+
+def like(values: Tensor, states: Tensor) -> Tensor:
+    """``values``, in memory as ``states`` where as many are left: sums over tokens then round as they did."""
+    if values.shape != states.shape or states.is_contiguous():
+        return values
+    return torch.empty_like(states).copy_(values)
