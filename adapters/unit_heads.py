@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vlmprune.core.attention import StreamedHeads
 from vlmprune.kernels.pagerank import pagerank
 from vlmprune.kernels.precision import compute_dtype
 
@@ -43,3 +44,9 @@ class UnitHeads:
             received = pagerank(None, 1, qk=(self.query, self.key), scale=self.scale, start=spread, alive=patches)
             votes = received.unflatten(2, (-1, self.unit)).sum(3)
         return votes
+
+    def mean_scores(self, tau: float = 1.0) -> UnitHeads:
+        """See :class:`~vlmprune.core.attention.AttentionHeads`; scores are those between patches."""
+        mean = StreamedHeads(self.query, self.key, self.scale).mean_scores(tau)
+        assert mean.scale is not None
+        return UnitHeads(mean.query, mean.key, mean.scale, self.unit, self.valid)
