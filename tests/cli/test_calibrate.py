@@ -1,8 +1,9 @@
-"""`vlmprune calibrate`: a small search on the embedded model, its file, and bad input."""
+"""`vlmprune calibrate`: a small search and small measurements on the embedded model, their files, and bad input."""
 
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 import vlmprune
 import vlmprune.calibration
 from vlmprune.cli import main
+from vlmprune.embedded.pictures import scene_pictures
 
 SMALL = ("--samples", "2", "--calls", "3", "--param", "alpha=0.0")
 
@@ -90,6 +92,42 @@ def test_a_run_that_fails_keeps_what_was_found(
     assert len(json.loads(path.read_text())["history"]) == 3
 
 
+def test_thresholds_of_a_folder(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three pictures: one is kept for the check, the others make a batch."""
+    path = tmp_path / "found.json"
+    command = ["calibrate", "dymu", "--keep", "0.33", "--images", str(pictures), "--output", str(path), "--batch", "2"]
+    out, err = printed(command, capsys)
+    assert "1 batches, 2 pictures" in out and "On 1 other pictures" in out and f"artefact='{path}'" in out
+    assert "Some standard error is still above 0.001" in err
+    found = json.loads(path.read_text())
+    assert (found["policy"], found["settings"]["keep"], found["batches"]) == ("dymu", 0.33, 1)
+    assert [value["layer"] for value in found["values"]] == [0, 1, 2, 3, 4] and found["held_out"]["wanted"] == 64
+    # Once more, the file is only read; with another seed it is refused.
+    shown = json.loads(printed([*command, "--json"], capsys)[0])
+    assert shown == found
+    _, err = printed([*command, "--seed", "3"], capsys, code=2)
+    assert err.startswith("vlmprune: ") and "calibration of another data" in err
+    run = ["run", "--image", str(pictures / "0.png"), "--prompt", "what is it?", "--policy", "dymu", "--keep", "0.33"]
+    given = ["--param", f"artefact={path}", "--param", "unmerge=false", "--repeats", "1"]
+    assert "visual tokens" in printed([*run, *given], capsys)[0]
+
+
+def test_thresholds_of_the_training_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "found.json"
+    command = ["calibrate", "dymu", "--keep", "0.5", "--output", str(path), "--batch", "4"]
+    out, _ = printed([*command, "--samples", "14", "--tolerance", "0.5"], capsys)
+    assert "3 batches, 12 pictures" in out and "On 12 other pictures" in out  # what is left over makes no batch
+    found = json.loads(path.read_text())
+    entered, wanted = found["held_out"]["entered"], found["held_out"]["wanted"]
+    assert (entered, wanted) == (12 * 196, 12 * 98) and abs(found["held_out"]["left"] / wanted - 1) < 0.25
+
+
+def test_the_pictures_of_the_check_are_others() -> None:
+    training, held_out = (islice(scene_pictures(split), 3) for split in ("train", "test"))
+    first, again = [picture.tobytes() for picture in training], [p.tobytes() for p in islice(scene_pictures(), 3)]
+    assert first == again and len({*first, *(p.tobytes() for p in held_out)}) == 6
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -102,6 +140,13 @@ def test_a_run_that_fails_keeps_what_was_found(
         (["vflowopt", "--output", "missing/found.json"], "Folder 'missing' for the artefact"),
         (["vflowopt", "--calls", "0"], "calls"),
         (["vflowopt", "--param", "r3=0.5"], "r3 follows from keep"),
+        (["dymu", "--keep", "1.0"], "keep=1.0 keeps them"),
+        (["dymu", "--keep", "0.01"], "keep=0.01 is out of reach"),
+        (["dymu", "--images", "missing"], "Image folder 'missing' does not exist"),
+        (["dymu", "--model", "missing/model"], "Give pictures for 'missing/model'"),
+        (["dymu", "--param", "thresholds=0.5"], "'dymu' measures nothing"),
+        (["dymu", "--tolerance", "0"], "tolerance=0.0"),
+        (["dymu", "--batch", "1"], "batch"),
     ],
 )
 def test_bad_input(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,3 +159,6 @@ def test_bad_input(options: list[str], message: str, tmp_path: Path, capsys: pyt
 def test_a_folder_without_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["calibrate", "vflowopt", "--images", str(tmp_path), "--output", str(tmp_path / "found.json")]
     assert "holds no picture" in printed(command, capsys, code=2)[1]
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    command = ["calibrate", "dymu", "--images", str(tmp_path), "--output", str(tmp_path / "found.json")]
+    assert "holds one picture" in printed(command, capsys, code=2)[1]

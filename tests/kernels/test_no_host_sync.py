@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from vlmprune.kernels.bipartite import bipartite_match, merge_groups
+from vlmprune.kernels.bipartite import bipartite_match, merge_groups, merge_pairs
 from vlmprune.kernels.column_mass import attention_rows, column_mass, group_mass
 from vlmprune.kernels.gather import gather_tokens, pack_indices, segment_merge
 from vlmprune.kernels.kcenter import greedy_select
@@ -94,6 +94,16 @@ def test_matching_and_merging(cuda: torch.device) -> None:
         assert match.n_out == n_out and match.group_id.shape == match.merged_tokens().shape == (B, N)
         merged = merge_groups(metric, match.group_id, match.n_out, size=metric[..., 0], backend="torch")
         assert merged.shape == (B, n_out, 16) and merged.dtype == torch.half
+
+
+@pytest.mark.parametrize("order", ["tome", "position", "original"])
+def test_pairs(order: str, cuda: torch.device) -> None:
+    metric, size = (torch.empty(B, N, *rest, device=cuda) for rest in ((16,), ()))
+    match = bipartite_match(metric, 7, protect=1, order=order, backend="torch")
+    assert match.kept.shape == (B, N - 7) and match.sources.shape == match.into.shape == (B, 7)
+    x = torch.empty(B, N, 24, device=cuda, dtype=torch.half)
+    merged, total = merge_pairs(x, match.kept, match.sources, match.into, size)
+    assert merged.shape == (B, N - 7, 24) and merged.dtype == torch.half and total.shape == (B, N - 7)
 
 
 def test_pagerank(cuda: torch.device) -> None:

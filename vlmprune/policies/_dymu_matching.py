@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmprune.core.context import Context
 from vlmprune.core.signals import KeyMean
-from vlmprune.kernels.bipartite import BipartiteMatch, bipartite_match
+from vlmprune.kernels.bipartite import BipartiteMatch, Order, bipartite_match
 from vlmprune.policies import _merging as merging
 
 LEAST = -1.0
@@ -29,7 +29,7 @@ def above(context: Context, threshold: float, limits: Sequence[int] | None, offi
     metric = context.signal(KeyMean(context.layer or 0))
     if official and context.n_items > 1:
         return _without_half(context, metric, limits, threshold)
-    order = "tome" if official else "position"
+    order: Order = "tome" if official else "position"
     return merging.match_halves(context, metric, limits, threshold=threshold, order=order)
 
 
@@ -53,11 +53,11 @@ def best_of_batch(context: Context, wanted: Sequence[int], limits: Sequence[int]
     probe = _without_half(context, metric, (0,) * context.n_items)
     scores = probe.scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     if limits is not None:
-        rank = scores.argsort(1, descending=True, stable=True).argsort(1)
+        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         scores = scores.masked_fill(rank >= torch.tensor(limits, device=context.device)[:, None], -torch.inf)
     half = max(merging.free_lengths(context), default=0) // 2
     number = min(sum(min(r, half) for r in wanted), scores.numel())
-    first = scores.flatten().argsort(descending=True, stable=True)[:number]
+    first = scores.flatten().argsort(dim=0, descending=True, stable=True)[:number]
     chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=context.device)
     chosen[first] = True
     counts = (chosen.view_as(scores) & (scores > -torch.inf)).sum(1)

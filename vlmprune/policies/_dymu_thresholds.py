@@ -83,12 +83,12 @@ class ThresholdMeans:
         return 0 < len(errors) == len(self.means) and all(e is not None and e < self._tolerance for e in errors)
 
     def update(self, records: Sequence[SiteRecord]) -> None:
-        """Take in one threshold per block."""
+        """Take in one threshold for each block that the schedule does not leave out."""
         known = {mean.layer: mean for mean in self.means}
         for record in records:
-            layer = record.layer or 0
-            mean = known.setdefault(layer, RunningMean(layer=layer))
-            mean.add(batch_threshold(record))
+            scores, layer = record.selection.scores, record.layer or 0
+            if scores is not None:
+                known.setdefault(layer, RunningMean(layer=layer)).add(batch_threshold(record, scores))
         self.means = sorted(known.values(), key=lambda mean: mean.layer)
 
     def result(self) -> DyMU:
@@ -104,12 +104,9 @@ class ThresholdMeans:
         return TokenCount(entered=sum(first), left=sum(first) - removed, wanted=wanted)
 
 
-def batch_threshold(record: SiteRecord) -> float:
+def batch_threshold(record: SiteRecord, scores: Tensor) -> float:
     """Similarity of the best pair of a batch that did not merge, at least 0 (the last pair's where all merged)."""
-    scores = record.selection.scores
-    if scores is None:
-        raise InputError("The record of a calibration needs the scores of its tokens.")
-    rows: Tensor = scores[:, 0::2].flatten().sort(descending=True).values
+    rows = scores[:, 0::2].flatten().sort(descending=True).values
     merged = sum(record.tokens_in) - sum(record.tokens_out)
     return max(0.0, float(rows[min(merged, len(rows) - 1)]))
 

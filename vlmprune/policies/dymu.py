@@ -194,6 +194,8 @@ class DyMU(Policy):
         counts: tuple[int, ...] | None = None
         official = self.compat == "official"
         wanted = self.wanted(context) if self.mode != "dynamic" or self.max_r_ratio is not None else ()
+        if self.mode != "dynamic" and not any(wanted):
+            return replace(Selection.keep_all(context.valid, context.lengths), notes=self._notes(context))
         limits = None if self.max_r_ratio is None else [int(self.max_r_ratio * r) for r in wanted]
         if self.mode == "dynamic":
             tau = self.block_thresholds(context.info)[context.layer or 0]
@@ -201,8 +203,7 @@ class DyMU(Policy):
         elif self.mode == "batch":
             match = matching.best_of_batch(context, wanted, limits)
         else:
-            free = merging.free_lengths(context)
-            taken = [min(r, n // 2) for r, n in zip(wanted, free, strict=True)]
+            taken = [min(r, n // 2) for r, n in zip(wanted, merging.free_lengths(context), strict=True)]
             match = matching.best(context, taken, official)
             if context.pinned is None:
                 counts = tuple(n - gone for n, gone in zip(context.lengths, taken, strict=True))
