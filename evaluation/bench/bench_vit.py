@@ -42,9 +42,9 @@ COLUMNS = (
     "load", "torch", "timm", "vlmprune", "date",
 )  # fmt: skip
 """Of a row: FLOPs per image; times of one batch; ``speedup`` is the median over rounds of the dense time divided by the
-other one of the same round, ``share`` that divided by the FLOP ratio; ``difference`` is the largest one between logits of
-``ours`` and ``textbook``; ``load`` is the load average of the machine in the last minute: above the number of cores,
-CPU times say little."""
+other one of the same round, ``share`` that divided by the FLOP ratio; ``difference`` is the largest one between logits
+of ``ours`` and ``textbook``; ``load`` is the load average of the machine in the last minute: above the number of
+cores, CPU times say little."""
 
 Model = Callable[[Tensor], Tensor]
 
@@ -115,13 +115,17 @@ def build(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = timm.create_model(name, pretrained=False).eval()
-    attention = type(model.blocks[0].attn).__name__ if hasattr(model, "blocks") else ""
-    plain = type(model).__name__ == "VisionTransformer" and type(model.blocks[0]).__name__ == "Block"
-    if not plain or attention != "Attention" or model.num_prefix_tokens != 1 or model.global_pool != "token":
-        raise InputError(
-            f"{name} is no plain vision transformer that reads its class token, such as {[*DEFAULT_R][0]}."
-        )
+    if not is_plain(model):
+        example = next(iter(DEFAULT_R))
+        raise InputError(f"{name} is no plain vision transformer that reads its class token, such as {example}.")
     return model
+
+
+def is_plain(model: Any) -> bool:
+    """True for a vision transformer without special blocks, whose head reads its only prefix token."""
+    if type(model).__name__ != "VisionTransformer" or model.num_prefix_tokens != 1 or model.global_pool != "token":
+        return False
+    return all(type(block).__name__ == "Block" and type(block.attn).__name__ == "Attention" for block in model.blocks)
 
 
 @torch.inference_mode()
