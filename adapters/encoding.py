@@ -6,7 +6,6 @@ import inspect
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,72 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from vlmprune.adapters import tap
+from vlmprune.adapters.encoded import Encoding, PixelScale
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.layout import Kind
-from vlmprune.adapters.tower_lineage import TowerOutcome
+from vlmprune.adapters.tower_exit import leave_tower
 from vlmprune.adapters.tower_reduction import TowerReducer
 from vlmprune.adapters.tower_tokens import TowerTokens
-from vlmprune.adapters.towers import AttentionCall, TowerRun
+from vlmprune.adapters.towers import AttentionCall
 from vlmprune.adapters.vision_family import PIXELS, VisionFamily
 from vlmprune.core import signals as s
 from vlmprune.core.errors import ActiveError, SignalError
-from vlmprune.core.randomness import item_seed, tensor_digest
+from vlmprune.core.randomness import tensor_digest
 from vlmprune.core.records import SiteRecord
 
 ENCODERS: dict[Kind, str] = {"image": "get_image_features", "video": "get_video_features"}
 ATTENTION_SIGNALS = (s.ColumnMass, s.ClsRow, s.ClsLogits, s.Keys, s.QK, s.Attention)
-
-
-@dataclass(eq=False)
-class Encoding:
-    """One encoding of images or videos.
-
-    Attributes:
-        kind: what was encoded.
-        arguments: what the encoder was given beside pixels (sizes, grids).
-        thread: who did it.
-        run: the tower's run, once it started.
-        values: per signal ``[V, P, ...]``.
-        digests: per view, where a policy draws.
-        features: the tokens of the LLM that the encoder returned, a tensor or nested lists of them.
-        tower: what was reduced inside the tower, None where nothing was.
-    """
-
-    kind: Kind
-    arguments: dict[str, Any]
-    thread: int = field(default_factory=threading.get_ident)
-    run: TowerRun | None = None
-    values: dict[s.Signal, Any] = field(default_factory=dict)
-    digests: list[str] = field(default_factory=list)
-    features: Any = None
-    tower: TowerOutcome | None = None
-
-    @property
-    def n_views(self) -> int:
-        """Encoder views."""
-        return 0 if self.run is None else self.run.n_views
-
-    def tokens(self) -> Tensor:
-        """All tokens that were made, ``[N, D]``, image by image."""
-        found = self.features
-        while isinstance(found, (list, tuple)) and isinstance(found[0], (list, tuple)):
-            found = found[0]
-        parts = [found] if isinstance(found, Tensor) else found
-        return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
-
-
-@dataclass(frozen=True)
-class PixelScale:
-    """What an image processor did to pixels: ``(x * rescale - mean) / std``."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    rescale: float
-
-    def undo(self, pixels: Tensor) -> Tensor:
-        """Pixels in 0..255 from ``[V, P, C, h, w]``, rounded to whole numbers."""
-        mean, std = (torch.tensor(part, device=pixels.device).view(-1, 1, 1) for part in (self.mean, self.std))
-        return ((pixels.float() * std + mean) / self.rescale).round().clamp(0, 255)
 
 
 class EncodingRecorder:
@@ -123,7 +71,8 @@ class EncodingRecorder:
         if self._reducer is not None:
             self._reducer.install(hooks)
             self._family.restore_length(self._restore, hooks)
-        hooks.after(tower, self._end, prepend=True)
+            hooks.after(tower, self._exit, prepend=True)
+        hooks.after(tower, self._signals, prepend=True)
         blocks = self._family.vision_blocks()
         for block in sorted({signal.layer for signal in self._wanted if isinstance(signal, ATTENTION_SIGNALS)}):
             tap.install(self._family.vision_attention(block), BlockRecorder(self, block), hooks)
@@ -219,17 +168,8 @@ class EncodingRecorder:
                 assert self._scale is not None
                 self._current.values[signal] = run.masked(self._scale.undo(run.pixels()))
         if self._reducer is not None:
-            tokens = run.tokens()
-            self._reducer.begin(tokens, self._seeds(tokens.item_views))
+            self._reducer.begin(run.tokens(), self._current.digests)
         run.drop_input()
-
-    def _seeds(self, views: tuple[int, ...]) -> tuple[int, ...] | None:
-        """A seed per item from its view's content and its place there, where a policy draws; a policy's own seed is
-        mixed in later."""
-        assert self._current is not None
-        digests = self._current.digests
-        places = [item - views.index(view) for item, view in enumerate(views)]
-        return tuple(item_seed(0, digests[v], i) for v, i in zip(views, places, strict=True)) if digests else None
 
     def _reduced(self) -> TowerTokens | None:
         """The tokens that are left now, None while all are there."""
@@ -237,12 +177,13 @@ class EncodingRecorder:
         return tokens if tokens is not None and tokens.changed else None
 
     def _restore(self, states: Tensor) -> Tensor:
-        """States of all patches behind those of the tokens that the tower left."""
+        """What the projector makes of all patches, from what it makes of the tokens that the tower left."""
         tokens = self._reduced()
         return states if tokens is None else tokens.restore(states)
 
     @torch.no_grad()
-    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _signals(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The tower is done: work out the signals of its attention."""
         current = self._current
         if current is None or current.run is None:
             return
@@ -250,9 +191,14 @@ class EncodingRecorder:
             if isinstance(signal, ATTENTION_SIGNALS):
                 current.values[signal] = current.run.attention(signal, self._calls[signal.layer])
         self._calls.clear()
+
+    def _exit(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The tower is done: note what was reduced in it, and give its output the form that the model expects."""
         reducer = self._reducer
-        if reducer is not None and reducer.tokens is not None:
-            current.tower = reducer.outcome()
+        if self._current is None or reducer is None or reducer.tokens is None:
+            return None
+        self._current.tower = reducer.outcome()
+        return leave_tower(reducer, output, whole=self._family.exit_at == "tower")
 
     def _before_projector(
         self, signal: s.PreProjector, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -133,7 +133,7 @@ class Engine:
         cuts = [request.layer or 0 for request in sites if request.site == Site.DECODER_LAYER]
         if any(request.site == Site.KV_CACHE for request in sites):
             cuts.append(0)
-        if any(request.positions == "virtual" for request in sites):
+        if any(request.positions == "virtual" for request in sites) or self._active and self.forward.is_flash:
             cuts.append(0)
         if self._active and self.family.deepstack_levels:
             cuts.append(1)

@@ -130,6 +130,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def transformers_major() -> int:
+    """The first number of the version of transformers that is used."""
+    import transformers
+
+    return int(transformers.__version__.split(".")[0])
+
+
 def find_module(root: nn.Module, paths: Sequence[str], what: str) -> nn.Module:
     """The first of several attribute paths that exists.
 

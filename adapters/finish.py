@@ -47,7 +47,8 @@ def warn_if_inactive(call: Prefill, steps: tuple[Step, ...], warned: bool) -> bo
     asked = [s for s in steps if not s.policy.budget.is_all and s.request.site != Site.IMAGE]
     if not asked or tuple(call.visual) != call.report.visual_tokens:
         return warned
-    if any(r.site == Site.KV_CACHE or r.tokens_out != r.lengths for r in call.report.sites):
+    records = [*call.report.tower_sites, *call.report.sites]  # a tower may have fewer tokens where the LLM has not
+    if any(record.site == Site.KV_CACHE or record.tokens_out != record.lengths for record in records):
         return warned
     text = (
         f"{', '.join(sorted({step.policy.name for step in asked}))}: nothing was reduced with "

@@ -144,6 +144,8 @@ class TextForward:
             call.cache.prompt.store(index, call.tokens, call.expansion)
         if call.relative is not None:
             kwargs = decoder.prefill_kwargs(call, index, kwargs, hidden, self._family, self._mask_form)
+        if self.is_flash and call.tokens is not call.whole:
+            kwargs = {**kwargs, "position_ids": None}  # gaps would be taken for several packed sequences
         return hidden, kwargs
 
     def end(self, output: Any) -> Any:
@@ -209,6 +211,11 @@ class TextForward:
         )
         call.cache = caches.PrunedDynamicCache.adopt(cache, state)
         return kwargs
+
+    @property
+    def is_flash(self) -> bool:
+        """True if the decoder uses flash attention."""
+        return self._mask_form == "flat"
 
     @property
     def _mask_form(self) -> masks.MaskForm:

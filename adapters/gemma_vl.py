@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vlmprune.adapters.family import Encoded, text_info
+from vlmprune.adapters.batched_tower import BatchedTower
+from vlmprune.adapters.family import Encoded, text_info, tower_info
 from vlmprune.adapters.layout import ImageShape, Kind
 from vlmprune.adapters.text import TEXT_SIGNALS
-from vlmprune.adapters.towers import BatchedTower
 from vlmprune.adapters.vision_family import TOWER_SIGNALS, VisionFamily, pool_cells
 from vlmprune.core.context import View
 from vlmprune.core.info import ModelInfo
@@ -28,7 +28,8 @@ class GemmaVisionFamily(VisionFamily):
 
     @property
     def tower(self) -> BatchedTower:
-        return BatchedTower(self.model.config.vision_config.patch_size, has_cls=False)
+        patch = self.model.config.vision_config.patch_size
+        return BatchedTower(patch, has_cls=False, merge=self.side // self.token_side)
 
     @property
     def side(self) -> int:
@@ -46,13 +47,14 @@ class GemmaVisionFamily(VisionFamily):
         return ModelInfo(
             family=self.name,
             model_class=type(self.model).__name__,
-            sites=frozenset({Site.IMAGE, Site.POST_ENCODER, Site.DECODER_LAYER, Site.KV_CACHE}),
+            sites=frozenset({Site.IMAGE, Site.VISION_BLOCK, Site.POST_ENCODER, Site.DECODER_LAYER, Site.KV_CACHE}),
             signals=TEXT_SIGNALS | self.tower_signals,
             vision_depth=depth,
             feature_block=depth - 1,
             grid=(self.side, self.side),
             tokens_per_image=self.token_side**2,
             merge_unit=(self.side // self.token_side) ** 2,
+            **tower_info(self.model.config.vision_config),
             **text_info(self.text_model.config),
         )
 
@@ -76,6 +78,7 @@ class Gemma3Family(GemmaVisionFamily):
 
     name = "gemma3"
     classes = ("Gemma3ForConditionalGeneration", "Gemma3Model")
+    exit_at = "tower"
 
     @property
     def token_side(self) -> int:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune.adapters.family import text_info
+from vlmprune.adapters.batched_tower import BatchedTower
+from vlmprune.adapters.family import text_info, tower_info
 from vlmprune.adapters.text import TEXT_SIGNALS
 from vlmprune.adapters.tiles import Runs, TiledFamily
-from vlmprune.adapters.towers import BatchedTower
 from vlmprune.adapters.vision_family import TOWER_SIGNALS
 from vlmprune.core import signals as s
 from vlmprune.core.info import ModelInfo
@@ -24,10 +24,12 @@ class Idefics3Family(TiledFamily):
     classes = ("Idefics3ForConditionalGeneration", "Idefics3Model")
     name = "idefics3"
     text_paths, tower_paths, projector_paths = ("text_model",), ("vision_model",), ("connector",)
+    exit_at = "tower"
 
     @property
     def tower(self) -> BatchedTower:
-        return BatchedTower(self.model.config.vision_config.patch_size, has_cls=False)
+        patch = self.model.config.vision_config.patch_size
+        return BatchedTower(patch, has_cls=False, merge=self.merge, mask="patch_attention_mask")
 
     @property
     def side(self) -> int:
@@ -58,11 +60,13 @@ class Idefics3Family(TiledFamily):
         return ModelInfo(
             family=self.name,
             model_class=type(self.model).__name__,
-            sites=frozenset({Site.IMAGE, Site.POST_ENCODER, Site.DECODER_LAYER, Site.KV_CACHE}),
+            sites=frozenset({Site.IMAGE, Site.VISION_BLOCK, Site.POST_ENCODER, Site.DECODER_LAYER, Site.KV_CACHE}),
             signals=TEXT_SIGNALS | TOWER_SIGNALS | {s.Projector},
             vision_depth=depth,
             feature_block=depth - 1,
+            grid=(self.side, self.side),
             merge_unit=self.merge**2,
+            **tower_info(config.vision_config),
             **text_info(config.text_config),
         )
 

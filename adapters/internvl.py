@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from vlmprune.adapters.family import text_info
-from vlmprune.adapters.llava_tower import feature_block
+from vlmprune.adapters.batched_tower import BatchedTower
+from vlmprune.adapters.family import text_info, tower_info
+from vlmprune.adapters.llava_tower import check_feature_choice, check_one_layer, feature_block
 from vlmprune.adapters.text import TEXT_SIGNALS
 from vlmprune.adapters.tiles import TiledFamily
-from vlmprune.adapters.towers import BatchedTower
 from vlmprune.adapters.vision_family import CLS_SIGNALS, TOWER_SIGNALS
 from vlmprune.core import signals as s
 from vlmprune.core.errors import UnsupportedError
@@ -24,13 +25,14 @@ class InternVLFamily(TiledFamily):
 
     classes = ("InternVLForConditionalGeneration", "InternVLModel")
     block_paths = ("encoder.layer",)
+    exit_at = "tower"
 
     def vision_attention(self, block: int) -> nn.Module:
         return self.vision_blocks()[block].attention
 
     @property
     def tower(self) -> BatchedTower:
-        return BatchedTower(_side(self.model.config.vision_config.patch_size), has_cls=True)
+        return BatchedTower(_side(self.model.config.vision_config.patch_size), has_cls=True, merge=self.merge)
 
     @property
     def side(self) -> int:
@@ -51,14 +53,23 @@ class InternVLFamily(TiledFamily):
         return ModelInfo(
             family="internvl",
             model_class=type(self.model).__name__,
-            sites=frozenset({Site.IMAGE, Site.POST_ENCODER, Site.DECODER_LAYER, Site.KV_CACHE}),
+            sites=frozenset({Site.IMAGE, Site.VISION_BLOCK, Site.POST_ENCODER, Site.DECODER_LAYER, Site.KV_CACHE}),
             signals=TEXT_SIGNALS | TOWER_SIGNALS | CLS_SIGNALS | {s.Projector},
             vision_depth=config.vision_config.num_hidden_layers,
             feature_block=feature_block(config),
             has_cls=True,
+            prefix_tokens=1,
+            grid=(self.side, self.side),
             merge_unit=self.merge**2,
+            **tower_info(config.vision_config),
             **text_info(config.text_config),
         )
+
+    def check_reducible(self) -> None:
+        check_one_layer(self.model.config)
+
+    def check_call(self, kwargs: Mapping[str, Any]) -> None:
+        check_feature_choice(self.model.config, kwargs)
 
 
 def _side(size: Any) -> int:

@@ -20,7 +20,7 @@ class LlavaFamily(LlavaTowerFamily):
     classes = ("LlavaForConditionalGeneration", "LlavaModel")
 
     def fixed_sizes(self) -> dict[str, Any]:
-        return {"grid": (self.side, self.side), "tokens_per_image": self.side**2}
+        return {"tokens_per_image": self.side**2}
 
     def shapes(
         self, kwargs: Mapping[str, Any], masks: Mapping[Kind, np.ndarray], encoded: Encoded

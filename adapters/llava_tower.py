@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vlmprune.adapters.batched_tower import BatchedTower
 from vlmprune.adapters.family import text_info, tower_info
 from vlmprune.adapters.text import TEXT_SIGNALS
-from vlmprune.adapters.towers import BatchedTower, Tower
+from vlmprune.adapters.towers import Tower
 from vlmprune.adapters.vision_family import CLS_SIGNALS, TOWER_SIGNALS, VisionFamily
 from vlmprune.core import signals as s
 from vlmprune.core.errors import UnsupportedError
@@ -50,6 +51,7 @@ class LlavaTowerFamily(VisionFamily):
             feature_block=feature_block(config),
             has_cls=self.has_cls,
             prefix_tokens=int(self.has_cls),
+            grid=(self.side, self.side),
             **tower_info(config.vision_config),
             video="video" in self.kinds,
             **self.fixed_sizes(),
@@ -57,7 +59,7 @@ class LlavaTowerFamily(VisionFamily):
         )
 
     def fixed_sizes(self) -> dict[str, Any]:
-        """Grid and tokens of an image where the config fixes them."""
+        """Tokens of an image where the config fixes them."""
         return {}
 
     def _check_config(self, config: Any) -> None:
@@ -72,13 +74,11 @@ class LlavaTowerFamily(VisionFamily):
                 f"not supported (its patch grid would be off by a token); expected {wanted!r}."
             )
 
+    def check_reducible(self) -> None:
+        check_one_layer(self.model.config)
+
     def check_call(self, kwargs: Mapping[str, Any]) -> None:
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            value = kwargs.get(name)
-            if value is not None and value != getattr(self.model.config, name):
-                raise UnsupportedError(
-                    f"{name}={value!r} differs from the model's config; set it in model.config before apply()."
-                )
+        check_feature_choice(self.model.config, kwargs)
 
 
 def feature_block(config: Any) -> int:
@@ -94,3 +94,30 @@ def feature_block(config: Any) -> int:
     if block < 0:
         raise UnsupportedError(f"vision_feature_layer={chosen} reads the tower's input; no block feeds the projector.")
     return block
+
+
+def check_one_layer(config: Any) -> None:
+    """Refuse features of several blocks, which differ in length once tokens are reduced between them.
+
+    Raises:
+        UnsupportedError: the config names several.
+    """
+    if not isinstance(config.vision_feature_layer, int):
+        raise UnsupportedError(
+            f"vision_feature_layer={config.vision_feature_layer!r} joins the features of several blocks, whose tokens "
+            "differ once some are reduced inside the tower; choose a policy that acts after the encoder."
+        )
+
+
+def check_feature_choice(config: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a call that chooses other features than the config.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        value = kwargs.get(name)
+        if value is not None and value != getattr(config, name):
+            raise UnsupportedError(
+                f"{name}={value!r} differs from the model's config; set it in model.config before apply()."
+            )

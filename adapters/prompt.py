@@ -15,10 +15,11 @@ from vlmprune.adapters.newlines import NewlineTokens
 from vlmprune.adapters.sites import Step, run_step, site_signals
 from vlmprune.adapters.source import SignalSource
 from vlmprune.adapters.tokens import LayerTokens, pack
-from vlmprune.adapters.tower_lineage import lineage, summed
+from vlmprune.adapters.tower_groups import TowerGroups
+from vlmprune.adapters.tower_lineage import lineage, tower_record
 from vlmprune.core.context import Context
+from vlmprune.core.flops import tower_flops
 from vlmprune.core.info import ModelInfo
-from vlmprune.core.records import SiteRecord
 from vlmprune.core.selection import Selection
 from vlmprune.core.sites import Positions, Site
 from vlmprune.kernels.gather import gather_tokens
@@ -34,7 +35,7 @@ def reduce_images(
         every token stays as it is.
     """
     tokens = _ImageTokens(call, embeds)
-    _take_tower(tokens, call, source)
+    _take_tower(tokens, call, info, source)
     for step in steps:
         _run(step, tokens, call, info, source)
     return tokens.finish(embeds)
@@ -103,30 +104,33 @@ class _ImageTokens:
         return embeds, text | scatter_true(text.shape, self.rows, self.place, self.valid)
 
 
-def _take_tower(tokens: _ImageTokens, call: Prefill, source: SignalSource) -> None:
+def _take_tower(tokens: _ImageTokens, call: Prefill, info: ModelInfo, source: SignalSource) -> None:
     """Start from the tokens that the tower left."""
     tower = source.tower()
     if tower is None:
         return
-    call.report.take_tower(tower.records, tower.attended, tower.passed)
     unmerged = tower.positions == "virtual"
     newline = None if tokens.newlines is None else tokens.newlines.mask
     selection = lineage(tower.groups, source.to_tokens, tokens.valid, newline, separate=unmerged)
     if tokens.newlines is not None and not unmerged:
         selection = tokens.newlines.keep_rows(selection)
-    call.report.sites.append(
-        SiteRecord(
-            policy=" + ".join(dict.fromkeys(record.policy for record in tower.records)),
-            site=Site.VISION_BLOCK,
-            layer=max(record.layer or 0 for record in tower.records),
-            positions=tower.positions,
-            samples=call.layout.samples,
-            lengths=tokens.lengths,
-            selection=selection,
-            elapsed=partial(summed, tower.records),
-        )
-    )
+    report = call.report
+    report.take_tower(tower.records, tower.attended, tower.passed)
+    report.tower_flops, report.tower_flops_dense = _tower_flops(tower, info)
+    report.sites.append(tower_record(tower.records, selection, call.layout.samples, tokens.lengths, tower.positions))
     tokens.take(selection, tower.positions, tokens.carried(), equal=True)
+
+
+def _tower_flops(tower: TowerGroups, info: ModelInfo) -> tuple[float | None, float | None]:
+    """FLOPs of the tower over all views, reduced and dense; None where an item is no view."""
+    if any(outcome.tokens.item_views != tuple(range(len(outcome.tokens.entered))) for outcome in tower.outcomes):
+        return None, None
+    dense = (tower.entered,) * len(tower.attended)
+    patches = [
+        [info.prefix_tokens + info.merge_unit * (n - info.prefix_tokens) for n in tokens]
+        for tokens in (tower.attended, tower.passed, dense)
+    ]
+    return tower_flops(info, *patches[:2], tower.items), tower_flops(info, patches[2], patches[2], tower.items)
 
 
 def _run(step: Step, tokens: _ImageTokens, call: Prefill, info: ModelInfo, source: SignalSource) -> None:

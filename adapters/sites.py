@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.adapters.delivery import why_missing
+from vlmprune.adapters.tower_plan import check_tower_layer, check_tower_steps
 from vlmprune.core.context import Context
 from vlmprune.core.errors import InputError, SignalError
 from vlmprune.core.info import ModelInfo
@@ -56,11 +57,14 @@ def plan(policy: Policy, info: ModelInfo) -> tuple[Step, ...]:
                     )
             wanted = tuple(signal for signal, reason in missing.items() if reason is None)
             steps.append(Step(leaf, replace(request, signals=wanted)))
+    check_tower_steps(steps)
     return tuple(steps)
 
 
 def _check_layer(leaf: Policy, request: SiteRequest, info: ModelInfo) -> None:
-    """Refuse a decoder layer that does not exist: a policy there would never act."""
+    """Refuse a layer at which a policy would never act."""
+    if request.site == Site.VISION_BLOCK:
+        check_tower_layer(leaf.name, request, info)
     depth = info.text_depth or 0
     if request.site in (Site.DECODER_LAYER, Site.KV_CACHE) and not 0 <= (request.layer or 0) < depth:
         raise InputError(
@@ -102,7 +106,8 @@ def run_step(
     if finish is not None:
         selection = finish(selection)
     if selection.group_id is not None and context.site != Site.VISION_BLOCK:  # in the order in which they will stand
-        selection = replace(selection, group_id=ordered_groups(selection.group_id, selection.n_outputs))
+        group = ordered_groups(selection.group_id, selection.n_outputs)
+        selection = replace(selection, group_id=group, pairs=None)
     records.append(
         SiteRecord(
             policy=step.policy.name,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,26 +12,13 @@ from torch.nn.functional import pad
 from vlmprune.adapters.call import Prefill
 from vlmprune.adapters.encoding import EncodingRecorder
 from vlmprune.adapters.layout import Kind, PromptImage
+from vlmprune.adapters.tower_groups import TowerGroups, tower_groups
 from vlmprune.adapters.vision_family import VisionFamily
 from vlmprune.core import signals as s
 from vlmprune.core.attention import AttentionMap
 from vlmprune.core.errors import SignalError
 from vlmprune.core.randomness import tensor_digest
-from vlmprune.core.records import SiteRecord
-from vlmprune.core.sites import Positions
 from vlmprune.kernels.gather import gather_tokens, pack_indices
-
-
-@dataclass(frozen=True, eq=False)
-class TowerGroups:
-    """What was reduced inside the tower: ``groups [V, P]`` of the patches of all encoder views in LLM order, and the
-    rest as in :class:`~vlmprune.adapters.tower_lineage.TowerOutcome`."""
-
-    groups: Tensor
-    records: tuple[SiteRecord, ...]
-    attended: tuple[float, ...]
-    passed: tuple[float, ...]
-    positions: Positions
 
 
 class SignalSource:
@@ -120,35 +106,12 @@ class SignalSource:
         return result.reshape(*result.shape[:2], *values.shape[2:])
 
     def tower(self) -> TowerGroups | None:
-        """What was reduced inside the tower while the images of this call were encoded, None where nothing was."""
+        """What was reduced inside the tower while the images of this call were encoded, None where no policy acts
+        there."""
         if self._encoder is None or not self._encoder.reduces:
             return None
         self._check_same_images()
-        runs = {kind: self._encoder.encoding(kind) for kind in self._kinds}
-        found = {kind: run.tower for kind, run in runs.items() if run is not None and run.tower is not None}
-        groups = {kind: outcome.tokens.groups() for kind, outcome in found.items()}
-        if len(groups) < len(self._kinds):
-            raise SignalError(
-                "The images were encoded before the policy was applied, so nothing was reduced inside the tower. "
-                "Apply first, then encode."
-            )
-        if all(part is None for part in groups.values()):
-            return None
-        outcomes = list(found.values())
-        whole = {kind: self._numbered(kind, runs[kind], part) for kind, part in groups.items()}
-        return TowerGroups(
-            groups=self._views(whole, 1),
-            records=tuple(record for outcome in outcomes for record in outcome.records),
-            attended=outcomes[0].attended,
-            passed=outcomes[0].passed,
-            positions=outcomes[0].positions,
-        )
-
-    def _numbered(self, kind: Kind, encoding: Any, groups: Tensor | None) -> Tensor:
-        """Groups ``[V, P]`` of a kind, where nothing was reduced every patch on its own."""
-        if groups is not None:
-            return groups
-        return torch.arange(encoding.run.patches_per_view, device=self._embeds.device).expand(encoding.n_views, -1)
+        return tower_groups({kind: self._encoder.encoding(kind) for kind in self._kinds}, partial(self._views, axis=1))
 
     def patch_valid(self) -> Tensor | None:
         """``[V, P]`` bool, None where every view has as many patches or none was encoded."""

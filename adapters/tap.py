@@ -25,7 +25,8 @@ FLASH_TAP = "vlmprune_flash_tap"
 _TAP = "_vlmprune_tap"
 
 Attend = Callable[..., Any]
-"""An attention function: ``attend(module, query, key, value, attention_mask, scaling=..., **kwargs)``."""
+"""An attention function: ``attend(module, query, key, value, attention_mask, scaling=..., recorded=..., **kwargs)``;
+recorders are told of ``recorded`` (queries, keys, mask) if it is given, else of what is attended."""
 
 
 class Recorder(Protocol):
@@ -85,11 +86,13 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    recorded: tuple[Tensor, Tensor, Tensor | None] | None = None,
     **kwargs: Any,
 ) -> Any:
+    """Tell the recorders, then attend; ``recorded`` is what they are told instead of queries, keys and mask."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     for recorder in tap.recorders:
-        recorder.record(module, query, key, attention_mask, scale, kwargs)
+        recorder.record(module, *(recorded or (query, key, attention_mask)), scale, kwargs)
     attend = partial(original_attention(module, tap.original), module, query, key, value, attention_mask)
     if not is_flash(tap.original):
         return attend(scaling=scaling, **kwargs)

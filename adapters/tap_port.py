@@ -38,10 +38,12 @@ class TapPort(AttentionPort):
 
     Args:
         attention: a module that calls one of transformers' attention functions.
+        adds_masks: its eager attention adds masks to the scores.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, adds_masks: bool = True) -> None:
         self._attention = attention
+        self._adds_masks = adds_masks
 
     def install(self, reducer: TowerReducer, block: int, hooks: HookStack) -> None:
         tap.install_compute(self._attention, partial(self._compute, reducer, block), hooks)
@@ -62,10 +64,11 @@ class TapPort(AttentionPort):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if reducer.wants(block):
             reducer.attended(block, TappedAttention(query.detach(), key.detach(), scale))
-        bias = reducer.key_bias()
+        bias, valid = reducer.key_bias(), reducer.key_valid()
         if bias is None:
             return attend(module, query, key, value, mask, scaling=scaling, **kwargs)
-        return attend_biased(attend, module, query, key, value, bias, scaling=scaling, **kwargs)
+        given = (module, query, key, value, bias)
+        return attend_biased(attend, *given, scaling, valid=valid, adds_masks=self._adds_masks, **kwargs)
 
 
 def attend_biased(
@@ -76,14 +79,31 @@ def attend_biased(
     value: Tensor,
     bias: Tensor,
     scaling: float | None = None,
+    *,
+    valid: Tensor | None = None,
+    adds_masks: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """What ``attend`` returns if ``bias [V, T]`` is added to the scores of the keys, as a mask or, for flash attention,
-    as further features of queries and keys."""
-    if not tap.is_flash(tap.original_config(module)):
-        mask = bias.to(query.dtype)[:, None, None]
-        return attend(module, query, key, value, mask, scaling=scaling, **kwargs)
+    """What ``attend`` returns if ``bias [V, T]`` is added to the scores of the keys, in place of any mask.
+
+    It goes in as a mask; where attention takes none that is added (flash attention, some eager ones), as further
+    features of queries and keys.
+
+    Args:
+        valid: ``[V, T]`` bool, the keys whose bias is finite; None for all. Flash attention takes it as its mask.
+        adds_masks: eager attention adds masks to the scores.
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    config = tap.original_config(module)
+    added = bias.to(query.dtype)[:, None, None]
+    flash = tap.is_flash(config)
+    if not flash and (adds_masks or config._attn_implementation not in (None, "eager")):
+        return attend(module, query, key, value, added, scaling=scaling, **kwargs)
+    told = (query, key, added)
+    mask = None
+    if flash and valid is not None:
+        mask, bias = valid, bias.masked_fill(~valid, 0.0)
     query, key = with_key_bias(query, key, bias, scale)
-    output, *rest = attend(module, query, key, pad(value, (0, EXTRA)), None, scaling=scale, **kwargs)
+    value = pad(value, (0, EXTRA))
+    output, *rest = attend(module, query, key, value, mask, scaling=scale, recorded=told, **kwargs)
     return (output[..., :-EXTRA], *rest)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmprune.adapters.batched_tokens import BatchedTokens
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.projected_attention import ProjectedAttention, Projection, norm_of
 from vlmprune.adapters.tower_reduction import AttentionPort, TowerReducer
-from vlmprune.adapters.tower_tokens import BatchedTokens, BlockAttention
+from vlmprune.adapters.tower_tokens import BlockAttention
 from vlmprune.adapters.vit_run import as_mask
 from vlmprune.kernels.gather import first_members
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from vlmprune.adapters.tower_tokens import TowerTokens
 from vlmprune.core.records import SiteRecord
 from vlmprune.core.selection import Selection
-from vlmprune.core.sites import Positions
+from vlmprune.core.sites import Positions, Site
 
 BLEND = 1e-3
 """Variance of group numbers above which a token is a blend of several groups."""
@@ -84,7 +85,36 @@ def first_equal(number: Tensor) -> Tensor:
     return torch.empty_like(number).scatter_(1, order, order.gather(1, start))
 
 
-def summed(records: Sequence[SiteRecord]) -> float | None:
+def tower_record(
+    records: Sequence[SiteRecord],
+    selection: Selection,
+    samples: tuple[int, ...],
+    lengths: tuple[int, ...],
+    positions: Positions,
+) -> SiteRecord:
+    """All selections inside the tower as one over the tokens that the model has without them.
+
+    Args:
+        records: the selections.
+        selection: what they mean.
+        samples, lengths: of the items of ``selection``.
+        positions: how what is left is numbered.
+    """
+    known = [record.flops for record in records]
+    return SiteRecord(
+        policy=" + ".join(dict.fromkeys(record.policy for record in records)),
+        site=Site.VISION_BLOCK,
+        layer=max(record.layer or 0 for record in records),
+        positions=positions,
+        samples=samples,
+        lengths=lengths,
+        selection=selection,
+        elapsed=partial(_summed, records),
+        flops=None if None in known else sum(flops for flops in known if flops is not None),
+    )
+
+
+def _summed(records: Sequence[SiteRecord]) -> float | None:
     """Milliseconds of all selections, None where one is not known."""
     times = [record.milliseconds for record in records]
     return None if None in times else sum(time for time in times if time is not None)

@@ -7,6 +7,7 @@ sum and returns a zero that broadcasts away in the block's own addition, and the
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vlmprune.adapters.family import transformers_major
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.sites import Step, run_step
 from vlmprune.adapters.tower_lineage import TowerOutcome
@@ -23,6 +25,7 @@ from vlmprune.core import signals as s
 from vlmprune.core.context import Context
 from vlmprune.core.errors import SignalError
 from vlmprune.core.info import ModelInfo
+from vlmprune.core.randomness import item_seed
 from vlmprune.core.report import SiteRecord
 from vlmprune.core.sites import Site
 
@@ -34,8 +37,8 @@ class AttentionPort(ABC):
 
     @abstractmethod
     def install(self, reducer: TowerReducer, block: int, hooks: HookStack) -> None:
-        """Hook the attention: it asks ``reducer.key_bias()`` what to add to the scores of keys, and hands
-        ``reducer.attended(block, ...)`` what it multiplied if ``reducer.wants(block)``."""
+        """Hook the attention: it asks ``reducer.key_bias()`` (and ``key_valid()``) what to add to the scores of keys,
+        and hands ``reducer.attended(block, ...)`` what it multiplied if ``reducer.wants(block)``."""
 
 
 class TowerReducer:
@@ -68,7 +71,9 @@ class TowerReducer:
         self._wanted = {signal.layer for step in inside for signal in step.request.signals}  # type: ignore[attr-defined]
         self._attention: dict[int, BlockAttention] = {}
         self._pending: dict[int, Tensor] = {}
-        self._seeds: tuple[int, ...] | None = None
+        self._contents: tuple[str, ...] = ()
+        self._left: dict[int, tuple[TowerTokens, Tensor | None]] = {}  # -1: what enters the first block
+        self._below = transformers_major() < 5
         self.tokens: TowerTokens | None = None
         self.records: list[SiteRecord] = []
         self.attended_lengths: list[float] = []
@@ -86,15 +91,16 @@ class TowerReducer:
                 hooks.after(parts.tail, partial(self._catch, block))
             hooks.after(parts.block, partial(self._leave, block), prepend=True)
 
-    def begin(self, tokens: TowerTokens, seeds: tuple[int, ...] | None = None) -> None:
+    def begin(self, tokens: TowerTokens, contents: Sequence[str] = ()) -> None:
         """A run of the tower starts.
 
         Args:
             tokens: its tokens.
-            seeds: one per item, where a policy draws.
+            contents: digest of each view, where a policy draws.
         """
         self.tokens = tokens
-        self._seeds = seeds
+        self._contents = tuple(contents)
+        self._left = {}
         self.records = []
         depth = len(self._parts)
         self.attended_lengths, self.passed_lengths = [_mean(tokens.entered)] * depth, [_mean(tokens.entered)] * depth
@@ -102,7 +108,8 @@ class TowerReducer:
     def end(self) -> None:
         """The run is over, or failed."""
         self.tokens = None
-        self._seeds = None
+        self._contents = ()
+        self._left = {}
         self._attention.clear()
         self._pending.clear()
 
@@ -125,6 +132,10 @@ class TowerReducer:
         """``[V, T]`` to add to the scores of the tower's keys, None for nothing."""
         return None if self.tokens is None else self.tokens.key_bias()
 
+    def key_valid(self) -> Tensor | None:
+        """``[V, T]`` bool, the keys that are seen; None where all are."""
+        return None if self.tokens is None else self.tokens.key_valid()
+
     def attended(self, block: int, attention: BlockAttention) -> None:
         """Take what a block's attention multiplied."""
         self._attention[block] = attention
@@ -139,6 +150,8 @@ class TowerReducer:
         self._attention.clear()
         if not tokens.changed:
             return None
+        if block == 0:
+            self._left[-1] = copy.copy(tokens), states
         self.attended_lengths[block:] = [_mean(tokens.map.lengths)] * (len(self._parts) - block)
         self.passed_lengths[block:] = self.attended_lengths[block:]
         changed = tokens.block_arguments(kwargs)
@@ -166,14 +179,38 @@ class TowerReducer:
         return output.new_zeros([1] * output.ndim)
 
     def _leave(self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if block not in self._pending:
+        tokens = self.tokens
+        if tokens is None:
             return None
-        states = self._pending.pop(block)
+        states = self._pending.pop(block, None)
+        if tokens.changed:
+            self._left[block] = copy.copy(tokens), states if self._below else None
+        if states is None:
+            return None
         return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    def noted(self, states: Sequence[Tensor | None], whole: bool) -> tuple[Tensor | None, ...]:
+        """Hidden states as the model has to return them, from those that it noted while it ran.
+
+        transformers 4 notes what a block's own ``forward`` returns, below our hooks: where tokens were reduced in its
+        middle, that is not yet the block's output.
+
+        Args:
+            states: the tower's input and what left each block; None for those that were not asked for.
+            whole: give them the tower's full length.
+        """
+        found = list(states)
+        for block, (tokens, behind) in self._left.items():
+            state = found[block + 1] if block + 1 < len(found) else None
+            if state is None or (block < 0 and state is not behind):  # noted before the first block
+                continue
+            state = state if behind is None else behind
+            found[block + 1] = tokens.whole(state) if whole else state
+        return tuple(found)
 
     def _reduce(self, step: Step, states: Tensor, tokens: TowerTokens) -> Tensor:
         selection = run_step(step, self._context(step, states, tokens), self.records)
-        if step.request.place == "middle":
+        if selection.group_id is not None:
             tokens.size_bias = step.request.size_bias
         return tokens.reduce(states, selection)
 
@@ -189,9 +226,22 @@ class TowerReducer:
             signals=self._signals(step, tokens),
             sample=tuple(range(len(tokens.entered))),
             sizes=tokens.map.sizes,
-            seeds=self._seeds if step.policy.is_random(self._info) else None,
+            seeds=self._seeds(step, tokens),
             prefix=tokens.prefix,
             entered=tokens.entered,
+        )
+
+    def _seeds(self, step: Step, tokens: TowerTokens) -> tuple[int, ...] | None:
+        """Seed per item, for policies that draw: of the policy, what the view shows, the block, and the item's place
+        in its view."""
+        if not step.policy.is_random(self._info):
+            return None
+        seed, layer = getattr(step.policy, "seed", 0), step.request.layer
+        views = tokens.item_views
+        place = [views[:item].count(view) for item, view in enumerate(views)]
+        return tuple(
+            item_seed(seed, f"{self._contents[view]}\x1f{layer}", number)
+            for view, number in zip(views, place, strict=True)
         )
 
     def _signals(self, step: Step, tokens: TowerTokens) -> Mapping[s.Signal, Any]:

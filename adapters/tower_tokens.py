@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmprune.core.attention import AttentionHeads, StreamedHeads
+from vlmprune.core.attention import AttentionHeads
 from vlmprune.core.errors import UnsupportedError
 from vlmprune.core.selection import Selection
 from vlmprune.core.views import on_device
@@ -134,7 +134,12 @@ class TowerTokens(ABC):
 
     @abstractmethod
     def key_bias(self) -> Tensor | None:
-        """What is added to the scores of keys: float32 or wider ``[V, T]``, None for nothing."""
+        """What is added to the scores of keys: float32 or wider ``[V, T]``, -inf for those that nothing sees, None for
+        nothing."""
+
+    def key_valid(self) -> Tensor | None:
+        """``[V, T]`` bool, the keys that are seen; None where all are."""
+        return None
 
     def block_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of a block for the tokens that are left."""
@@ -150,90 +155,9 @@ class TowerTokens(ABC):
         """What the family's exit makes of the patches, from what it makes of the current tokens: ``[V, P, ...]``
         without a prefix, or in a packed tower as its projector returns it. Zeros for dropped ones."""
 
-
-class BatchedTokens(TowerTokens):
-    """Views of equal size in a batch ``[V, prefix + P, D]``; an item is a view.
-
-    Args:
-        views: how many.
-        patches: P.
-        prefix: tokens before the patches.
-        units: ``[n, u]`` patches of every unit that is reduced as a whole, None where each patch is one.
-    """
-
-    def __init__(self, views: int, patches: int, prefix: int, units: Tensor | None = None) -> None:
-        self.prefix = prefix
-        self._units = units
-        self._unit = 1 if units is None else units.shape[1]
-        tokens = prefix + patches // self._unit
-        self.entered = (tokens,) * views
-        self.map = TokenMap(None, self.entered, tokens)
-
-    def items(self, states: Tensor) -> Tensor:
-        if self._units is None:
-            return states
-        head, patches = states[:, : self.prefix], states[:, self.prefix :]
-        if not self.changed:
-            patches = patches[:, self._units.flatten()]
-        joined = patches.reshape(patches.shape[0], -1, self._unit * patches.shape[2])
-        return torch.cat([head.repeat(1, 1, self._unit), joined], 1)
-
-    def reduce(self, states: Tensor, selection: Selection) -> Tensor:
-        reduced = selection.apply(self.items(states), features=True)
-        self.map = self.map.after(selection)
-        self.changed = True
-        if self._units is None:
-            return reduced
-        width = states.shape[2]
-        patches = reduced[:, self.prefix :].reshape(reduced.shape[0], -1, width)
-        return torch.cat([reduced[:, : self.prefix, :width], patches], 1)
-
-    def heads(self, attention: BlockAttention) -> AttentionHeads:
-        query, key, scale = attention.query_key()
-        bias = self.key_bias()
-        if bias is not None:
-            query, key = with_key_bias(query, key, bias, scale)
-        return StreamedHeads(query, key, scale)
-
-    def key_bias(self) -> Tensor | None:
-        sizes = self.map.sizes
-        if sizes is None and self.map.full:
-            return None
-        valid = None
-        if sizes is not None and self.size_bias:
-            bias = sizes.float().log()  # -inf hides padding, whose size is 0
-        else:
-            assert self.map.group is not None
-            valid = self.map.valid(self.map.group.device)
-            bias = torch.zeros_like(valid, dtype=torch.float32).masked_fill(~valid, -torch.inf)
-        if self._unit == 1:
-            return bias
-        return torch.cat([bias[:, : self.prefix], bias[:, self.prefix :].repeat_interleave(self._unit, 1)], 1)
-
-    def groups(self) -> Tensor | None:
-        if self.map.group is None:
-            return None
-        group = self.map.group[:, self.prefix :]
-        return self._spread(torch.where(group < 0, -1, group - self.prefix))
-
-    def restore(self, states: Tensor) -> Tensor:
-        if self.map.group is None:
-            return states
-        group = self.map.group[:, self.prefix :]
-        group = torch.where(group < 0, -1, group - self.prefix)
-        if self._unit == 1:
-            return gather_tokens(states, group)
-        units = states.unflatten(1, (-1, self._unit))
-        return self._raster(gather_tokens(units, group).flatten(1, 2))
-
-    def _spread(self, per_unit: Tensor) -> Tensor:
-        """Values of units as those of patches."""
-        return per_unit if self._unit == 1 else self._raster(per_unit.repeat_interleave(self._unit, 1))
-
-    def _raster(self, values: Tensor) -> Tensor:
-        """Values of the patches, unit by unit, in raster order."""
-        assert self._units is not None
-        return values[:, self._units.flatten().argsort()]
+    def whole(self, states: Tensor) -> Tensor:
+        """The tower's states at full length, prefix included, from those of the current tokens."""
+        return torch.cat([states[:, : self.prefix], self.restore(states[:, self.prefix :])], 1)
 
 
 EXTRA = 8
@@ -241,14 +165,20 @@ EXTRA = 8
 
 
 def with_key_bias(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Queries and keys ``[V, H, T, d + EXTRA]`` whose products contain ``bias [V, T]``, where attention takes no mask.
+    """Queries and keys ``[V, H, T, d + EXTRA]`` whose products contain ``bias [V, T]``, for attention that takes no
+    mask.
 
-    -inf becomes a score that vanishes in the softmax.
+    In half precision the bias is split over three features, so that it loses no digits; -inf becomes a score that
+    vanishes in the softmax.
     """
     views, heads, tokens, _ = key.shape
-    low = torch.finfo(key.dtype).min / 4 * min(scale, 1.0)
+    low = torch.finfo(key.dtype).min / 4
+    rest = (bias.to(torch.promote_types(bias.dtype, key.dtype)) / scale).clamp_min(low)
     extra_key = key.new_zeros(views, heads, tokens, EXTRA)
-    extra_key[..., 0] = bias[:, None].clamp_min(low).to(key.dtype)
+    for part in range(3):
+        rounded = rest.to(key.dtype)
+        extra_key[..., part] = rounded[:, None]
+        rest = rest - rounded
     extra_query = query.new_zeros(*query.shape[:3], EXTRA)
-    extra_query[..., 0] = 1.0 / scale
+    extra_query[..., :3] = 1.0
     return torch.cat([query, extra_query], 3), torch.cat([key, extra_key], 3)

@@ -29,10 +29,15 @@ class BlockKind:
     gain: str | None = None
 
 
+CLIP_LIKE = BlockKind("self_attn", "layer_norm2", "mlp")
+
 KINDS: Mapping[str, BlockKind] = MappingProxyType(
     {
-        "CLIPEncoderLayer": BlockKind("self_attn", "layer_norm2", "mlp"),
-        "SiglipEncoderLayer": BlockKind("self_attn", "layer_norm2", "mlp"),
+        "CLIPEncoderLayer": CLIP_LIKE,
+        "SiglipEncoderLayer": CLIP_LIKE,
+        "Idefics3EncoderLayer": CLIP_LIKE,
+        "SmolVLMEncoderLayer": CLIP_LIKE,
+        "InternVLVisionLayer": BlockKind("attention", "layernorm_after", "dropout", gain="lambda_2"),
         "Qwen2VLVisionBlock": BlockKind("attn", "norm2", "mlp"),
         "Qwen2_5_VLVisionBlock": BlockKind("attn", "norm2", "mlp"),
         "Qwen3VLVisionBlock": BlockKind("attn", "norm2", "mlp"),

@@ -6,27 +6,27 @@ import inspect
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmprune.adapters.hooks import HookStack
+from vlmprune.adapters.hooks import HookStack, uncompiled
 from vlmprune.adapters.sites import plan
-from vlmprune.adapters.tower_lineage import summed
+from vlmprune.adapters.tower_lineage import tower_record
 from vlmprune.adapters.tower_reduction import TowerReducer
 from vlmprune.adapters.vit_family import VitFamily
 from vlmprune.adapters.vit_run import VitRun
 from vlmprune.core import config
-from vlmprune.core.errors import ActiveError, UnsupportedError
+from vlmprune.core.errors import ActiveError, InputError, UnsupportedError
 from vlmprune.core.flops import tower_flops
 from vlmprune.core.policy import Policy
-from vlmprune.core.randomness import item_seed, tensor_digest
+from vlmprune.core.randomness import tensor_digest
 from vlmprune.core.records import ImageRecord, SiteRecord
 from vlmprune.core.report import Report
 from vlmprune.core.selection import Selection
-from vlmprune.core.sites import Site
 from vlmprune.core.views import View
 
 FORWARD = "forward"
@@ -68,6 +68,7 @@ class VisionEngine:
         self._begun = False
         self._warned = False
         self._busy: dict[str, int] = {}
+        self._nested = uncompiled(self._open_here)
 
     @property
     def main(self) -> nn.Module:
@@ -137,7 +138,7 @@ class VisionEngine:
         """Stands in for a method of the tower that runs its blocks."""
         if not self.enabled:
             return original(*args, **kwargs)
-        if self._open_here():
+        if self._nested():
             self._check(name, original, args, kwargs)
             return original(*args, **kwargs)
         self._open(name, original, args, kwargs)
@@ -196,19 +197,16 @@ class VisionEngine:
         tokens = self.family.tokens(states)
         self._run.begin(tokens)
         if self._reducer is not None:
-            self._reducer.begin(tokens, self._seeds(len(tokens.entered)))
+            self._reducer.begin(tokens, self._contents(len(tokens.entered)))
 
-    def _seeds(self, images: int) -> tuple[int, ...] | None:
-        """A seed per image, where a policy draws."""
+    def _contents(self, images: int) -> Sequence[str]:
+        """What seeds the draw of each image, where a policy draws."""
         if not self._draws:
-            return None
+            return ()
         if self.sample_ids is not None and len(self.sample_ids) != images:
-            raise UnsupportedError(
-                f"handle.sample_ids has {len(self.sample_ids)} ids, but the batch has {images} images."
-            )
+            raise InputError(f"handle.sample_ids has {len(self.sample_ids)} ids, but the batch has {images} images.")
         assert self._images is not None
-        contents = self.sample_ids or [tensor_digest(image) for image in self._images]
-        return tuple(item_seed(0, content, 0) for content in contents)
+        return self.sample_ids or [tensor_digest(image) for image in self._images]
 
     def _hand_out(
         self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -253,16 +251,8 @@ class VisionEngine:
         assert self._run.tokens is not None
         prefix, lengths = self._run.tokens.prefix, self._run.map.lengths
         counts = tuple(length - prefix for length in lengths)
-        return SiteRecord(
-            policy=" + ".join(dict.fromkeys(record.policy for record in records)),
-            site=Site.VISION_BLOCK,
-            layer=max(record.layer or 0 for record in records),
-            positions="keep",
-            samples=tuple(range(images)),
-            lengths=(groups.shape[1],) * images,
-            selection=Selection.merge(groups, self._run.map.width - prefix, "mean", counts=counts),
-            elapsed=partial(summed, records),
-        )
+        selection = Selection.merge(groups, self._run.map.width - prefix, "mean", counts=counts)
+        return tower_record(records, selection, tuple(range(images)), (groups.shape[1],) * images, "keep")
 
     def _finish(self, entry: str, output: Any) -> Any:
         """The blocks are done: write the report, and give features their length back."""

@@ -45,6 +45,9 @@ class VisionFamily(Family):
     tower_paths: tuple[str, ...] = ("vision_tower",)
     projector_paths: tuple[str, ...] = ("multi_modal_projector",)
     block_paths: tuple[str, ...] = ("encoder.layers", "vision_model.encoder.layers")
+    exit_at: Literal["projector", "tower"] = "projector"
+    """Where features get the tower's full length back after a reduction inside it: behind the projector, or, where the
+    projector mixes neighbouring patches, behind the tower."""
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -86,14 +89,11 @@ class VisionFamily(Family):
         """The attention module of a tower block."""
         return self.vision_blocks()[block].self_attn
 
-    exit_at: Literal["projector", "tower"] = "projector"
-    """Where features get the tower's full length back after a reduction inside it: behind the projector, or, where the
-    projector mixes neighbouring patches, behind the tower."""
-
     def reducer(self, steps: Sequence[Step]) -> TowerReducer | None:
         """What reduces tokens inside the tower, None where no step does."""
         if not any(step.request.site == Site.VISION_BLOCK for step in steps):
             return None
+        self.check_reducible()
         blocks = block_parts(self.vision_blocks())
         return TowerReducer(steps, self.info(), blocks, [self.attention_port(parts) for parts in blocks])
 
@@ -102,9 +102,19 @@ class VisionFamily(Family):
         return TapPort(parts.attention)
 
     def restore_length(self, restore: Callable[[Tensor], Tensor], hooks: HookStack) -> None:
-        """Give features their full length back with ``restore``, at the family's exit."""
-        for projector in self.projectors:
-            hooks.after(projector, partial(_restore_projected, restore), prepend=True)
+        """Give features their full length back with ``restore`` where they leave the projector; where they have to
+        have it before, the tower's output is given it."""
+        if self.exit_at == "projector":
+            for projector in self.projectors:
+                hooks.after(projector, partial(_restore_projected, restore), prepend=True)
+
+    def check_reducible(self) -> None:
+        """Refuse configurations in which tokens cannot be reduced inside the tower; by default there are none.
+
+        Raises:
+            UnsupportedError: says which.
+        """
+        return None
 
     @abstractmethod
     def shapes(self, kwargs: Mapping[str, Any], masks: Mapping[Kind, np.ndarray], encoded: Encoded) -> Any:
@@ -133,8 +143,8 @@ class VisionFamily(Family):
         return values.flatten(1, 2)
 
     def projector_patches(self, run: TowerRun, states: Tensor, tokens: TowerTokens | None) -> Tensor:
-        """What the projector is given, as values ``[V, P, D]`` of patches; ``tokens`` are those that are left, None
-        where all are there."""
+        """What the projector is given, as values ``[V, P, D]`` of patches; ``tokens`` as in
+        :meth:`~vlmprune.adapters.towers.TowerRun.patches`."""
         return states if tokens is None else tokens.restore(states)
 
     def layout(self, kwargs: Mapping[str, Any], encoded: Encoded | None = None) -> layouts.PromptLayout | None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmprune.adapters.batched_tokens import BatchedTokens
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.tower_reduction import AttentionPort
-from vlmprune.adapters.tower_tokens import BatchedTokens, TowerTokens
+from vlmprune.adapters.tower_tokens import TowerTokens
 from vlmprune.adapters.vision_blocks import BlockParts
 from vlmprune.adapters.vit_run import VitRun
 from vlmprune.core import signals as s

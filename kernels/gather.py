@@ -32,11 +32,16 @@ def gather_tokens(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
     if n == 0:
         require(index < 0, "index points to a token, but x has none.")
         return x.new_full((batch, index.shape[1], *x.shape[2:]), fill)
-    place = index.clamp_min(0) + n * torch.arange(batch, device=x.device)[:, None]
-    rows = x.reshape(batch * n, *x.shape[2:]).index_select(0, place.flatten())
-    rows = rows.reshape(batch, index.shape[1], *x.shape[2:])
+    rows = take_rows(x, index.clamp_min(0))
     empty = (index < 0).reshape(*index.shape, *[1] * (x.ndim - 2))
     return rows.masked_fill(empty, fill)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """:func:`gather_tokens` without empty slots or checks; always a copy."""
+    place = index + x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]
+    rows = x.reshape(-1, *x.shape[2:]).index_select(0, place.flatten())
+    return rows.reshape(*index.shape, *x.shape[2:])
 
 
 def pack_indices(
@@ -149,6 +154,22 @@ def segment_merge(
     return torch.where(total == 0, 0.0, merged / torch.where(total == 0, 1.0, total)).to(x.dtype)
 
 
+def add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """``x [B, N, ...]`` with ``rows [B, K, ...]`` added at ``index`` (int64 ``[B, K]``, repetitions allowed).
+
+    ``x`` may be overwritten. Differentiable in ``x`` and ``rows``; the same input gives the same bits.
+    """
+    batch, n = x.shape[:2]
+    place = (index + n * torch.arange(batch, device=x.device)[:, None]).flatten()
+    flat, rows = x.flatten(0, 1), rows.flatten(0, 1)
+    if x.device.type == "cuda":
+        # index_add uses float atomics on CUDA; index_put sorts and adds in order.
+        flat = flat.index_put_((place,), rows, accumulate=True)
+    else:
+        flat = flat.index_add_(0, place, rows)
+    return flat.reshape(x.shape)
+
+
 def unmerge(y: Tensor, group_id: Tensor) -> Tensor:
     """Each token's group output: ``[B, N, ...]`` from ``y [B, G, ...]``; zeros where ``group_id`` is -1."""
     return gather_tokens(y, group_id)
@@ -188,15 +209,7 @@ def first_members(group_id: Tensor, n_groups: int) -> Tensor:
 def _group_sum(values: Tensor, group: Tensor, n_groups: int) -> Tensor:
     """Sums ``[B, G, ...]`` in a fixed order of additions."""
     batch, _, *rest = values.shape
-    place = group + (n_groups + 1) * torch.arange(batch, device=group.device)[:, None]
-    total = values.new_zeros(batch * (n_groups + 1), *rest)
-    flat = values.flatten(0, 1)
-    if values.device.type == "cuda":
-        # index_add uses float atomics on CUDA; index_put sorts and adds in order.
-        total = total.index_put((place.flatten(),), flat, accumulate=True)
-    else:
-        total = total.index_add(0, place.flatten(), flat)
-    return total.reshape(batch, n_groups + 1, *rest)[:, :n_groups]
+    return add_rows(values.new_zeros(batch, n_groups + 1, *rest), group, values)[:, :n_groups]
 
 
 def _group_max(x: Tensor, group: Tensor, n_groups: int) -> Tensor:

@@ -11,6 +11,8 @@ from vlmprune.kernels.arguments import Counts, check_mask, require, token_counts
 from vlmprune.kernels.backend import Backend, choose_backend
 from vlmprune.kernels.bipartite import torch_backend
 from vlmprune.kernels.bipartite.layout import assemble, choose_merges
+from vlmprune.kernels.bipartite.pairs import assemble_pairs
+from vlmprune.kernels.bipartite.quick import quick_partners
 from vlmprune.kernels.bipartite.ties import settle, unit_rows
 from vlmprune.kernels.bipartite.types import BipartiteMatch, Order, Problem
 from vlmprune.kernels.precision import compute_dtype
@@ -77,16 +79,31 @@ def bipartite_match(
         return reference.run(problem)
     if 0 in (problem.batch, problem.a_index.shape[1], problem.b_index.shape[1]):
         return _nothing(problem)
-    units = unit_rows(metric, problem.dtype)
-    if choice == "triton" and problem.dtype == torch.float32:
+    in_triton = choice == "triton" and problem.dtype == torch.float32
+    scores, partner = _best(problem, in_triton)
+    if problem.fixed:
+        return assemble_pairs(problem, scores, partner)
+    rank = _ranks(scores, problem.a_free, in_triton)
+    return assemble(problem, scores, partner, rank, choose_merges(problem, scores, rank))
+
+
+def _best(problem: Problem, in_triton: bool) -> tuple[Tensor, Tensor]:
+    """Best cosine ``[B, Na]`` of every A slot and its partner; equal rows are ties."""
+    units = unit_rows(problem.metric, problem.dtype)
+    if in_triton:
         from vlmprune.kernels.bipartite import triton_backend
 
-        scores, partner = settle(problem, units, *triton_backend.best_partners(problem))
-        rank = triton_backend.ranks(scores, problem.a_free)
-    else:
-        scores, partner = settle(problem, units, *torch_backend.best_partners(problem, units))
-        rank = torch_backend.ranks(scores, problem.a_free)
-    return assemble(problem, scores, partner, rank, choose_merges(problem, scores, rank))
+        return settle(problem, units, *triton_backend.best_partners(problem))
+    found = quick_partners(problem, units)
+    return settle(problem, units, *torch_backend.best_partners(problem, units)) if found is None else found
+
+
+def _ranks(scores: Tensor, free: Tensor, in_triton: bool) -> Tensor:
+    if in_triton:
+        from vlmprune.kernels.bipartite import triton_backend
+
+        return triton_backend.ranks(scores, free)
+    return torch_backend.ranks(scores, free)
 
 
 def _check(
@@ -112,6 +129,7 @@ def _check(
         raise ValueError(f"threshold must be a number or have shape ({batch},), got {tuple(threshold.shape)}.")
     valid = check_mask(valid, (batch, n), "valid")
     check_mask(protected, (batch, n), "protected")
+    plain = split is None and valid is None and protected is None
     a_index, b_index = _halves(split, batch, n, metric.device)
     free = torch.arange(n, device=metric.device).expand(batch, n) >= protect
     for mask in (valid, None if protected is None else ~protected):
@@ -119,7 +137,7 @@ def _check(
     most = a_index.shape[1] if split is not None else max(0, n - protect) // 2
     width, counts = (most, None) if r is None else token_counts(r, batch, n, None, metric.device)
     limit = None if counts is None else counts.clamp_min(0)
-    if split is None and (valid is not None or protected is not None):
+    if split is None and not plain:
         half = free.sum(1) // 2
         limit = half if limit is None else torch.minimum(limit, half)
     width = min(width, most)
@@ -127,8 +145,8 @@ def _check(
         metric=metric,
         a_index=a_index,
         b_index=b_index,
-        a_free=_of_slots(free, a_index),
-        b_free=_of_slots(free, b_index),
+        a_free=free[:, 0::2] if plain else _of_slots(free, a_index),
+        b_free=free[:, 1::2] if plain else _of_slots(free, b_index),
         valid=valid,
         protect=min(protect, n),
         width=width,
@@ -137,6 +155,7 @@ def _check(
         order=order,
         dtype=compute_dtype(metric),
         exact=width == 0 or (split is None and limit is None and threshold is None),
+        plain=plain,
     )
 
 
@@ -171,6 +190,8 @@ def _nothing(problem: Problem) -> BipartiteMatch:
     """Result where one half is empty: every token stays."""
     scores = torch.full(problem.a_index.shape, -torch.inf, dtype=problem.dtype, device=problem.device)
     partner = torch.full_like(problem.a_index, -1)
+    if problem.fixed:
+        return assemble_pairs(problem, scores, partner)
     merged = torch.zeros_like(problem.a_index, dtype=torch.bool)
     rank = torch.arange(problem.a_index.shape[1], device=problem.device).expand_as(problem.a_index)
     if problem.b_index.shape[1] == 0:  # a slot to read from; nothing merges

@@ -19,6 +19,8 @@ def run(problem: Problem) -> BipartiteMatch:
     scores, partner = np.full((batch, n_a), -np.inf), np.full((batch, n_a), -1)
     merged = np.zeros((batch, n_a), dtype=bool)
     counts = np.zeros(batch, dtype=np.int64)
+    kept = np.zeros((batch, n - problem.width), dtype=np.int64)
+    sources, into = np.zeros((2, batch, problem.width), dtype=np.int64)
     for b in range(batch):
         tokens = (problem.a_index[b].tolist(), problem.b_index[b].tolist())
         free = (problem.a_free[b].tolist(), problem.b_free[b].tolist())
@@ -34,6 +36,9 @@ def run(problem: Problem) -> BipartiteMatch:
         goes_to = {tokens[0][a]: tokens[1][partner[b, a]] for a in away}
         outputs = _outputs(problem, tokens, ranking, goes_to, valid)
         counts[b] = len(outputs)
+        if problem.fixed:
+            kept[b], sources[b] = outputs, [tokens[0][a] for a in away]
+            into[b] = [outputs.index(goes_to[token]) for token in sources[b]]
         for token in range(n):
             if valid[token]:
                 group[b, token] = outputs.index(goes_to.get(token, token))
@@ -50,6 +55,7 @@ def run(problem: Problem) -> BipartiteMatch:
         back(merged, torch.bool),
         problem.a_index,
         problem.b_index,
+        *(back(pairs, torch.int64) if problem.fixed else None for pairs in (kept, sources, into)),
     )
 
 

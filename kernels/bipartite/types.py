@@ -25,6 +25,10 @@ class BipartiteMatch:
         merged: bool ``[B, Na]``, A tokens that merge into their partner.
         a_index: int64 ``[B, Na]``, token of every A slot, -1 for an empty slot.
         b_index: int64 ``[B, Nb]``, token of every B slot, -1 for an empty slot.
+        kept, sources, into: the same result as pairs, for :func:`~vlmprune.kernels.bipartite.merge_pairs`, where
+            every sample merges the same number known on the host (``r`` for all samples, default halves, neither
+            masks nor threshold), else None. int64 ``[B, n_out]``, token behind each output; ``[B, merges]``,
+            tokens that merge, best pair first; ``[B, merges]``, output that each of them goes to.
     """
 
     group_id: Tensor
@@ -35,6 +39,9 @@ class BipartiteMatch:
     merged: Tensor
     a_index: Tensor
     b_index: Tensor
+    kept: Tensor | None = None
+    sources: Tensor | None = None
+    into: Tensor | None = None
 
     def merged_tokens(self) -> Tensor:
         """bool ``[B, N]``: tokens that merge into another one (or are to be dropped for it)."""
@@ -62,6 +69,7 @@ class Problem:
         order: order of the outputs.
         dtype: of the computation, float32 or float64.
         exact: every sample merges exactly ``width`` pairs.
+        plain: the halves are even and odd positions, and only the front is protected.
     """
 
     metric: Tensor
@@ -77,6 +85,22 @@ class Problem:
     order: Order
     dtype: torch.dtype
     exact: bool
+    plain: bool
+
+    @property
+    def fixed(self) -> bool:
+        """True if every sample merges ``width`` pairs and has no padding, so that results are pairs too."""
+        return self.plain and self.limit is None and self.threshold is None
+
+    @property
+    def first_a(self) -> int:
+        """First A slot behind the front, for default halves."""
+        return (self.protect + 1) // 2
+
+    @property
+    def first_b(self) -> int:
+        """First B slot behind the front, for default halves."""
+        return self.protect // 2
 
     @property
     def batch(self) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from family_prompts import make_family_prompt, prefill
-from fixed_policy import FixedKeep
+from fixed_policy import FixedGroups, FixedKeep
 from llava_prompts import pick_tokens
 from torch.utils.flop_counter import FlopCounterMode
+from virtual_reference import pick_groups
 
 import vlmprune
+from vlmprune.core.policy import Policy
 from vlmprune.core.sites import Site
 from vlmprune.embedded.random_models import FAMILIES, random_vlm
 
@@ -43,3 +45,18 @@ def test_formula_equals_counter(family: str, layer: int | None) -> None:
     depth = handle.info.text_depth
     expected = [prompt.length] * (layer or 0) + [max(report.lengths_per_layer[layer or 0 :])] * (depth - (layer or 0))
     assert list(report.lengths_per_layer) == expected
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_over_places_is_counted(family: str, cut: bool) -> None:
+    """Linear layers work on merged tokens, attention on all their places."""
+    model, prompt = random_vlm(family), make_family_prompt(family, (1, 1), padded=True)
+    policies: list[Policy] = [FixedGroups(kept=pick_groups(prompt.widths()))]
+    if cut:
+        widths = [len(set(names)) for names in policies[0].kept]
+        policies.append(FixedKeep(kept=pick_tokens(widths), site=Site.DECODER_LAYER, layer=2))
+    with vlmprune.applied(model, policies) as handle:
+        merged = counted(model, prompt)
+    assert handle.last.decoder_flops == merged < handle.last.decoder_flops_dense
+    assert handle.last.lengths_per_layer[0] < prompt.length

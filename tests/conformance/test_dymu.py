@@ -5,7 +5,7 @@ one picture (without a class token it leaves tokens by rank); without `compat` t
 positions. `batch` -> `compat="official"` on several pictures (no limit to half of the tokens), padding behind the
 tokens, and the authors' division by `size + 1e-4` applied to our exact mean. `calib` -> `DyMU(keep).measurement`, one
 block. `rs` -> `DyMU(keep, schedule).plan`, with and without `compat`. `single` and `batch` also run on both
-implementations of the kernel. `vtu` waits for the decoder's side (`golden_io.PENDING_KINDS`).
+implementations of the kernel. `vtu`: see `test_dymu_unmerging.py`.
 """
 
 from __future__ import annotations

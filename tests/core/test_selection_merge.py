@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vlmprune.core.pairs import Pairs
 from vlmprune.core.selection import Selection
+from vlmprune.kernels.bipartite import bipartite_match
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 MODES = ("mean", "wavg", "sum", "amax")
@@ -174,3 +177,18 @@ def test_a_group_without_weight_gives_zero() -> None:
     selection = Selection.merge(torch.tensor([[0, 0]]), 1, "wavg", torch.zeros(1, 2))
     assert selection.apply(torch.ones(1, 2)).tolist() == [[0.0]]
     assert selection.source_map().weights.tolist() == [[[0.0, 0.0]]]
+
+
+@pytest.mark.parametrize("mode", ["mean", "wavg"])
+def test_pairs_give_what_groups_give(mode: str) -> None:
+    torch.manual_seed(0)
+    x, sizes = torch.randn(2, 11, 3), torch.randint(1, 5, (2, 11)).float()
+    match = bipartite_match(torch.randn(2, 11, 4), 4, protect=1)
+    weights = sizes if mode == "wavg" else None
+    by_groups = Selection.merge(match.group_id, match.n_out, mode, weights)
+    by_pairs = replace(by_groups, pairs=Pairs(match.kept, match.sources, match.into))
+    torch.testing.assert_close(by_pairs.apply(x, features=True), by_groups.apply(x, features=True), atol=1e-6, rtol=0)
+    assert torch.equal(by_pairs.anchors(), by_groups.anchors())
+    again = Selection.merge(bipartite_match(torch.randn(2, 7, 4), 2).group_id, 5, mode, sizes[:, :7])
+    if mode == "wavg":
+        assert by_pairs.compose(again).pairs is None

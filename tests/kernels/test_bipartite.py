@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from exact_rows import exact_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,16 +14,12 @@ from vlmprune.kernels.bipartite import BipartiteMatch, bipartite_match, merge_gr
 ORDERS = ("tome", "position", "original")
 
 
-def exact_rows() -> torch.Tensor:
-    """Rows whose norms are powers of two: their cosines are exact, so every tie is one in any arithmetic."""
-    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 4)
-    rows = torch.cat([torch.eye(4), -torch.eye(4), corners, torch.zeros(2, 4)])
-    return torch.cat([rows, 2 * rows])
-
-
 def same(a: BipartiteMatch, b: BipartiteMatch) -> None:
     assert a.n_out == b.n_out
     for name in ("group_id", "counts", "partner", "merged", "a_index", "b_index"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert (a.kept is None) == (b.kept is None)
+    for name in ("kept", "sources", "into") if b.kept is not None else ():
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     torch.testing.assert_close(a.scores, b.scores, atol=2e-6, rtol=0, equal_nan=True)
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from vlmprune.kernels.bipartite import bipartite_match, merge_groups
+from vlmprune.kernels.bipartite import bipartite_match, merge_groups, merge_pairs
 from vlmprune.kernels.column_mass import attention_rows, column_mass, group_mass
-from vlmprune.kernels.gather import gather_tokens, pack_indices, segment_merge
+from vlmprune.kernels.gather import gather_tokens, ordered_groups, pack_indices, segment_merge
 from vlmprune.kernels.kcenter import greedy_select
 from vlmprune.kernels.ordering import stable_topk
 from vlmprune.kernels.pagerank import fuse_heads, pagerank
+from vlmprune.kernels.virtual_attention import virtual_attention
 
 B, N = 2, 80
 
@@ -96,6 +97,16 @@ def test_matching_and_merging(cuda: torch.device) -> None:
         assert merged.shape == (B, n_out, 16) and merged.dtype == torch.half
 
 
+@pytest.mark.parametrize("order", ["tome", "position", "original"])
+def test_pairs(order: str, cuda: torch.device) -> None:
+    metric, size = (torch.empty(B, N, *rest, device=cuda) for rest in ((16,), ()))
+    match = bipartite_match(metric, 7, protect=1, order=order, backend="torch")
+    assert match.kept.shape == (B, N - 7) and match.sources.shape == match.into.shape == (B, 7)
+    x = torch.empty(B, N, 24, device=cuda, dtype=torch.half)
+    merged, total = merge_pairs(x, match.kept, match.sources, match.into, size)
+    assert merged.shape == (B, N - 7, 24) and merged.dtype == torch.half and total.shape == (B, N - 7)
+
+
 def test_pagerank(cuda: torch.device) -> None:
     attention = torch.empty(B, 4, N, N, device=cuda, dtype=torch.bfloat16)
     q, k = (torch.empty(B, heads, N, 8, device=cuda, dtype=torch.half) for heads in (4, 2))
@@ -135,3 +146,12 @@ def test_triton_matching_on_a_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_places(cuda: torch.device) -> None:
+    q = torch.empty(B, 4, 30, 8, device=cuda, dtype=torch.bfloat16)
+    k = torch.empty(B, 2, 30, 8, device=cuda, dtype=torch.bfloat16)
+    mapping = torch.zeros(B, N, device=cuda, dtype=torch.long)
+    tables = [torch.empty(N, 8, device=cuda, dtype=torch.bfloat16) for _ in range(2)]
+    assert virtual_attention(q, k, k, mapping, *tables, backend="torch").shape == (B, 4, 30, 8)
+    assert ordered_groups(mapping, 30).shape == (B, N)

@@ -37,4 +37,4 @@ def _beside_groups(selection: Selection, group_id: Tensor, extra: Tensor) -> Sel
     rank = opens.long().cumsum(1) - 1
     group = torch.where(first < 0, -1, rank.gather(1, first.clamp_min(0)))
     counts = tuple(opens.sum(1).tolist())
-    return replace(selection, group_id=group, n_out=max(counts, default=0), counts=counts)
+    return replace(selection, group_id=group, n_out=max(counts, default=0), counts=counts, pairs=None)

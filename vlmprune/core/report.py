@@ -11,6 +11,7 @@ import torch
 from vlmprune.core.errors import InputError
 from vlmprune.core.records import ImageRecord, SiteRecord
 from vlmprune.core.report_summary import summarise
+from vlmprune.core.sites import Site
 from vlmprune.core.source_map import SourceMap
 
 __all__ = ["ImageRecord", "Report", "SiteRecord"]
@@ -100,8 +101,8 @@ class Report:
     def layers_used(self) -> dict[str, list[int]]:
         """Decoder or tower layers at which each policy acted."""
         used: dict[str, list[int]] = {}
-        for record in self.sites:
-            if record.layer is not None:
+        for record in [*self.tower_sites, *(record for record in self.sites if record.site != Site.VISION_BLOCK)]:
+            if record.layer is not None and record.layer not in used.get(record.policy, ()):
                 used.setdefault(record.policy, []).append(record.layer)
         return used
 

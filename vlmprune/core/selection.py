@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlmprune.core.pairs import Pairs
 from vlmprune.core.source_map import SourceMap
 from vlmprune.core.synthetic import Synthetic
 from vlmprune.kernels.gather import compose_groups, first_members, gather_tokens, pack_indices, segment_merge
@@ -32,6 +33,7 @@ class Selection:
         n_out: number of outputs of a merge, padding included.
         mode: how group members are combined (``wavg`` needs ``weights``).
         weights: ``[I, N]``, e.g. token sizes.
+        pairs: a merge by ``mean`` or ``wavg`` as pairs too, where it is at hand.
         synthetic: new tokens.
         scores: ``[I, N]`` for pictures.
         carry: per-token values ``[I, N, ...]`` of the *input* tokens; this and later selections re-index it.
@@ -46,6 +48,7 @@ class Selection:
     n_out: int | None = None
     mode: Mode = "prune"
     weights: Tensor | None = None
+    pairs: Pairs | None = None
     synthetic: Synthetic | None = None
     scores: Tensor | None = None
     carry: Mapping[str, Tensor] = field(default_factory=dict)
@@ -135,6 +138,8 @@ class Selection:
             values: any tensor over the input tokens.
             features: ``values`` are the token features, so synthetic tokens bring their own.
         """
+        if self.pairs is not None and self.mode in ("mean", "wavg"):
+            return self.pairs.mean(values, self.weights if self.mode == "wavg" else None)
         if self.group_id is not None:
             return segment_merge(values, self.group_id, self.n_outputs, mode=self.mode, weights=self.weights)
         assert self.kept is not None
@@ -173,7 +178,7 @@ class Selection:
             return replace(self, kept=gather_tokens(self.kept, later.kept, fill=-1), counts=later.counts)
         if self.group_id is not None and later.group_id is not None and self.mode == later.mode != "mean":
             group = compose_groups(self.group_id, later.group_id)
-            return replace(self, group_id=group, n_out=later.n_outputs, counts=later.counts)
+            return replace(self, group_id=group, n_out=later.n_outputs, counts=later.counts, pairs=None)
         raise ValueError("These selections compose only as source maps: a.source_map().compose(b.source_map()).")
 
     def source_map(self) -> SourceMap:

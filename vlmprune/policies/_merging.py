@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from vlmprune.core.budget import Budget
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
+from vlmprune.core.pairs import Pairs
 from vlmprune.core.randomness import generator
 from vlmprune.core.selection import Selection
 from vlmprune.core.views import on_device
@@ -53,7 +55,10 @@ def merge_selection(context: Context, match: BipartiteMatch, counts: tuple[int, 
         counts: outputs of each item where the host knows them; None leaves them on the device, with a width that
             holds them all.
     """
-    return merge_groups_of(context, match.group_id, match.n_out, counts)
+    selection = merge_groups_of(context, match.group_id, match.n_out, counts)
+    if match.kept is None or match.sources is None or match.into is None:
+        return selection
+    return replace(selection, pairs=Pairs(match.kept, match.sources, match.into))
 
 
 def merge_groups_of(context: Context, group_id: Tensor, n_out: int, counts: tuple[int, ...] | None = None) -> Selection:

@@ -25,8 +25,8 @@ AIDS = {
         f"{100 * PATCH_LABELS_UNTIL:.0f} % of the time"
     ),
     "fewer_patches": (
-        f"for {100 * ALL_PATCHES_FROM:.0f} % of the time each picture showed {_COUNTS} of its 196 patches: those of the "
-        "card and random others; then all"
+        f"for {100 * ALL_PATCHES_FROM:.0f} % of the time each picture showed {_COUNTS} of its 196 patches: those of "
+        "the card and random others; then all"
     ),
 }
 VIT = Recipe("tiny-vit", ("vit",), DATA, AIDS, processes=1)
