@@ -65,9 +65,11 @@ def randomised(model: nn.Module) -> nn.Module:
     """Random weights: matrices keep the scale of their inputs, vectors differ from 0 and 1."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if parameter.ndim == 0:
+                continue
             if parameter.ndim == 1:
                 parameter.normal_(1.0 if name.endswith("weight") else 0.0, 0.3)
-            elif name.endswith(("pos_embed", "token", "latent")):
+            elif name.endswith(("pos_embed", "positional_embedding", "token", "latent")):
                 parameter.normal_(0.0, 0.7)
             else:
                 parameter.normal_(0.0, 1.5 * parameter[0].numel() ** -0.5)
