@@ -61,7 +61,7 @@ class BatchedTokens(TowerTokens):
         self._bias = {}
         self._wide = torch.promote_types(states.dtype, torch.float32)
         if self._units is None:
-            return reduced
+            return like(reduced, states)
         self._units = self._units.after(selection.anchors()[:, self.prefix :] - self.prefix)
         patches = reduced[:, self.prefix :].unflatten(2, (self._unit, -1))
         return torch.cat([reduced[:, : self.prefix, : states.shape[2]], self._units.sequence(patches)], 1)
@@ -178,3 +178,10 @@ class _Units:
 def _taken(values: Tensor, index: Tensor) -> Tensor:
     """``values [V, N, ...]`` at ``index [V or 1, N]``."""
     return values.index_select(1, index[0]) if len(index) == 1 else gather_tokens(values, index)
+
+
+def like(values: Tensor, states: Tensor) -> Tensor:
+    """``values``, in memory as ``states`` where as many are left: sums over tokens then round as they did."""
+    if values.shape != states.shape or states.is_contiguous():
+        return values
+    return torch.empty_like(states).copy_(values)

@@ -11,6 +11,7 @@ from vlmprune.kernels.gather import (
     compose_groups,
     first_members,
     gather_tokens,
+    ordered_groups,
     pack_indices,
     pad_packed,
     segment_merge,
@@ -153,6 +154,16 @@ def test_merging_twice_equals_merging_once(batch: int, n: int, n_groups: int, se
     assert torch.equal(both < 0, (first < 0) | (then.gather(1, first.clamp_min(0)) < 0))
     twice = segment_merge(segment_merge(x, first, n_groups, mode="sum"), then, 3, mode="sum")
     torch.testing.assert_close(segment_merge(x, both, 3, mode="sum"), twice)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 6), st.integers(0, 2**31))
+def test_ordered_groups(batch: int, n: int, n_groups: int, seed: int) -> None:
+    """The same partition, named in the order in which its groups begin."""
+    group = torch.randint(-1, n_groups, (batch, n), generator=torch.Generator().manual_seed(seed))
+    for before, after in zip(group.tolist(), ordered_groups(group, n_groups).tolist(), strict=True):
+        names = {name: i for i, name in enumerate(dict.fromkeys(name for name in before if name >= 0))}
+        assert after == [names.get(name, -1) for name in before]
 
 
 def test_sizes_carry_the_mean(generator: torch.Generator) -> None:

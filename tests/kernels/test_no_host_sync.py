@@ -14,10 +14,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from vlmprune.kernels.bipartite import bipartite_match, merge_groups, merge_pairs
 from vlmprune.kernels.column_mass import attention_rows, column_mass, group_mass
-from vlmprune.kernels.gather import gather_tokens, pack_indices, segment_merge
+from vlmprune.kernels.gather import gather_tokens, ordered_groups, pack_indices, segment_merge
 from vlmprune.kernels.kcenter import greedy_select
 from vlmprune.kernels.ordering import stable_topk
 from vlmprune.kernels.pagerank import fuse_heads, pagerank
+from vlmprune.kernels.virtual_attention import virtual_attention
 
 B, N = 2, 80
 
@@ -145,3 +146,12 @@ def test_triton_matching_on_a_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_places(cuda: torch.device) -> None:
+    q = torch.empty(B, 4, 30, 8, device=cuda, dtype=torch.bfloat16)
+    k = torch.empty(B, 2, 30, 8, device=cuda, dtype=torch.bfloat16)
+    mapping = torch.zeros(B, N, device=cuda, dtype=torch.long)
+    tables = [torch.empty(N, 8, device=cuda, dtype=torch.bfloat16) for _ in range(2)]
+    assert virtual_attention(q, k, k, mapping, *tables, backend="torch").shape == (B, 4, 30, 8)
+    assert ordered_groups(mapping, 30).shape == (B, N)

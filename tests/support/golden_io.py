@@ -70,7 +70,6 @@ KINDS: Mapping[str, KindRule] = MappingProxyType(
 PENDING_KINDS: frozenset[tuple[str, str]] = frozenset(
     {
         ("kernels", "dpp"),
-        ("dymu", "vtu"),
     }
 )
 
