@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,11 +24,11 @@ class HookStack:
 
     def before(self, module: nn.Module, hook: Callable[..., Any], prepend: bool = False) -> None:
         """Call ``hook(module, args, kwargs)`` before the module; it may return new ``(args, kwargs)``."""
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend))
+        self._handles.append(module.register_forward_pre_hook(uncompiled(hook), with_kwargs=True, prepend=prepend))
 
     def after(self, module: nn.Module, hook: Callable[..., Any], always: bool = False, prepend: bool = False) -> None:
         """Call ``hook(module, args, kwargs, output)`` after the module; ``always`` also after an exception."""
-        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always, prepend=prepend)
+        handle = module.register_forward_hook(uncompiled(hook), with_kwargs=True, always_call=always, prepend=prepend)
         self._handles.append(handle)
 
     def wrap_method(self, module: nn.Module, name: str, stand_in: partial[Any]) -> None:
@@ -52,6 +53,15 @@ class HookStack:
             self._undo.pop()()
         while self._handles:
             self._handles.pop().remove()
+
+
+def uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, kept out of compiled graphs where the compiler is loaded."""
+    if "torch._dynamo" not in sys.modules:
+        return hook
+    from vlmprune.adapters.uncompiled import Uncompiled
+
+    return Uncompiled(hook)
 
 
 def _restore_attribute(module: nn.Module, name: str, before: Any) -> None:

@@ -8,13 +8,13 @@ from vlmprune.adapters.tower_reduction import TowerReducer
 
 
 def leave_tower(reducer: TowerReducer, output: Any, whole: bool) -> Any:
-    """A tower's output (a ``ModelOutput`` of transformers) behind a reduction; None where it stays as it is.
+    """A tower's output behind a reduction; None where it stays as it is.
 
     Hidden states that the model noted on the way get their values; the length of each is that behind its block.
 
     Args:
         reducer: at the end of its run.
-        output: as the tower returned it.
+        output: as the tower returned it: a ``ModelOutput``, or (Qwen-VL of transformers 4) its features alone.
         whole: give the last state and all noted ones the tower's full length.
     """
     tokens = reducer.tokens
@@ -22,6 +22,6 @@ def leave_tower(reducer: TowerReducer, output: Any, whole: bool) -> Any:
         return None
     if whole:
         output["last_hidden_state"] = tokens.whole(output["last_hidden_state"])
-    if output.get("hidden_states") is not None:
+    if isinstance(output, dict) and output.get("hidden_states") is not None:
         output["hidden_states"] = reducer.noted(output["hidden_states"], whole)
     return output

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.adapters.hooks import HookStack
+from vlmprune.adapters.hooks import HookStack, uncompiled
 from vlmprune.adapters.sites import plan
 from vlmprune.adapters.tower_lineage import tower_record
 from vlmprune.adapters.tower_reduction import TowerReducer
 from vlmprune.adapters.vit_family import VitFamily
 from vlmprune.adapters.vit_run import VitRun
 from vlmprune.core import config
-from vlmprune.core.errors import ActiveError, UnsupportedError
+from vlmprune.core.errors import ActiveError, InputError, UnsupportedError
 from vlmprune.core.flops import tower_flops
 from vlmprune.core.policy import Policy
 from vlmprune.core.randomness import tensor_digest
@@ -68,6 +68,7 @@ class VisionEngine:
         self._begun = False
         self._warned = False
         self._busy: dict[str, int] = {}
+        self._nested = uncompiled(self._open_here)
 
     @property
     def main(self) -> nn.Module:
@@ -137,7 +138,7 @@ class VisionEngine:
         """Stands in for a method of the tower that runs its blocks."""
         if not self.enabled:
             return original(*args, **kwargs)
-        if self._open_here():
+        if self._nested():
             self._check(name, original, args, kwargs)
             return original(*args, **kwargs)
         self._open(name, original, args, kwargs)
@@ -203,9 +204,7 @@ class VisionEngine:
         if not self._draws:
             return ()
         if self.sample_ids is not None and len(self.sample_ids) != images:
-            raise UnsupportedError(
-                f"handle.sample_ids has {len(self.sample_ids)} ids, but the batch has {images} images."
-            )
+            raise InputError(f"handle.sample_ids has {len(self.sample_ids)} ids, but the batch has {images} images.")
         assert self._images is not None
         return self.sample_ids or [tensor_digest(image) for image in self._images]
 

@@ -68,7 +68,7 @@ def merge_pairs(
     total = add_rows(size.gather(1, kept), into, added)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     merged = merged.to(kind)
-    share = (added / total.gather(1, into)).to(kind).reshape(*into.shape, *[1] * (x.ndim - 2))
+    share = (added.to(kind) / total.gather(1, into).to(kind)).reshape(*into.shape, *[1] * (x.ndim - 2))
     step = (take_rows(x, sources).to(kind) - take_rows(merged, into)) * share
     return add_rows(merged, into, step).to(x.dtype), total
 

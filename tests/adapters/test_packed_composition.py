@@ -8,7 +8,7 @@ import pytest
 import torch
 from family_prompts import MAJOR, decode, make_family_prompt, prefill
 from family_runs import MROPE, assert_close, batch, family_model
-from fixed_tower import SimilarPairs, stages_for
+from fixed_tower import stages_for
 from packed_reference import PackedReference
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +25,7 @@ AFTER = (vlmprune.HiPrune(keep=0.4), vlmprune.ToDRE(keep=0.5), vlmprune.DivPrune
 @pytest.mark.parametrize("family", MROPE)
 def test_the_lineage_of_policies_behind_a_merge(family: str, policy: Policy) -> None:
     """Every token that a later policy keeps stands for the group that the tower made of it."""
-    model, prompt, merging = family_model(family), batch(family, (2, 1)), SimilarPairs(layer=1)
+    model, prompt, merging = family_model(family), batch(family, (2, 1)), vlmprune.ToMe(keep=0.5)
     with vlmprune.applied(model, merging) as handle:
         prefill(model, prompt)
         groups = [[handle.last.groups(row, image) for image in range(n)] for row, n in enumerate(prompt.images)]
@@ -33,7 +33,7 @@ def test_the_lineage_of_policies_behind_a_merge(family: str, policy: Policy) -> 
         prefill(model, prompt)
         report = handle.last
     merge, *others = report.sites
-    assert merge.site == Site.VISION_BLOCK and report.layers_used["similar_pairs"] == [1]
+    assert merge.site == Site.VISION_BLOCK and merge.policy == "tome"
     [cut] = [record for record in others if record.tokens_out < record.tokens_in]
     flat = [group for images in groups for group in images]
     assert merge.tokens_out == tuple(map(len, flat))
@@ -59,20 +59,21 @@ def test_the_lineage_of_policies_behind_a_merge(family: str, policy: Policy) -> 
 @pytest.mark.parametrize("family", MROPE)
 def test_generate_takes_the_shorter_prompt(family: str) -> None:
     model, prompt = family_model(family), batch(family, (1, 2))
-    with vlmprune.applied(model, SimilarPairs(layer=1)) as handle:
-        made = model.generate(**prompt.inputs, max_new_tokens=4, do_sample=False)[:, prompt.length :]
+    with vlmprune.applied(model, vlmprune.ToMe(keep=0.5)) as handle:
+        given = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        made = model.generate(**prompt.inputs, max_new_tokens=4, **given)
         assert handle.last.kept_tokens < handle.last.visual_tokens
         out = prefill(model, prompt, use_cache=True)
-        steps = decode(model, prompt, out.past_key_values, made[:, :-1])
-    logits = torch.cat([out.logits[:, -1:], steps], 1)
-    assert torch.equal(logits.argmax(-1), made)
+        steps = decode(model, prompt, out.past_key_values, made.sequences[:, prompt.length : -1])
+    wish = torch.cat([out.logits[:, -1:], steps], 1)
+    assert_close(torch.stack(made.logits, 1), wish, torch.float32)  # generate gives float32
 
 
 @pytest.mark.parametrize("family", MROPE)
 def test_a_copy_reduces_by_itself(family: str) -> None:
     model, prompt = random_vlm(family), batch(family, dtype=torch.float32)
     dense = prefill(model, prompt).logits
-    handle = vlmprune.apply(model, SimilarPairs(layer=1))
+    handle = vlmprune.apply(model, vlmprune.ToMe(keep=0.5))
     twin, wish = copy.deepcopy(model), prefill(model, prompt).logits
     handle.remove()
     assert torch.equal(prefill(model, prompt).logits, dense)
@@ -103,7 +104,7 @@ def test_sizes_of_the_tower_are_those_that_pytorch_counts(family: str) -> None:
     counts, root = counter.get_flop_counts(), type(model).__name__
     depth = len(model.model.visual.blocks)
     counted = sum(sum(counts[f"{root}.model.visual.blocks.{block}"].values()) for block in range(depth))
-    with vlmprune.applied(model, SimilarPairs(layer=0, share=0.0)) as handle:
+    with vlmprune.applied(model, vlmprune.ToMe(r=1)) as handle:
         info = handle.info
     assert (
         info.vision_gated == (family == "qwen2_5_vl")

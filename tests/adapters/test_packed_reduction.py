@@ -51,6 +51,7 @@ def plan(reference: PackedReference, seed: int, merge: bool, where: tuple[tuple[
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", MROPE)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.filterwarnings("ignore:fixed_groups. nothing was reduced")
 def test_a_reduction_that_keeps_everything_changes_no_bit(family: str, place: str, implementation: str) -> None:
     model, prompt = family_model(family, torch.float32, implementation), batch(family, dtype=torch.float32)
     dense = prefill(model, prompt).logits

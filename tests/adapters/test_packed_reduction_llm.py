@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from family_prompts import FamilyPrompt, decode, prefill
 from family_runs import MROPE, assert_close, batch, family_model, forced_tokens
-from fixed_tower import FixedGroups, SimilarPairs, stages_for
+from fixed_tower import FixedGroups, stages_for
 from imitated_flash import flash_imitated
 from model_state import model_state
 from packed_reference import PackedReference, in_raster
 from prompt_parts import VIDEO
-from recording import Tape
 from torch import Tensor, nn
 
 import vlmprune
-from vlmprune.core.context import Context
 from vlmprune.core.errors import UnsupportedError
-from vlmprune.core.info import ModelInfo
-from vlmprune.core.selection import Selection
 from vlmprune.core.sites import Place
 from vlmprune.embedded.random_models import random_vlm
 
@@ -123,7 +119,7 @@ def test_the_llm_works_on_what_the_tower_left(family: str, merge: bool, video: b
 def test_a_batch_is_its_rows(family: str, video: bool) -> None:
     model, prompt = family_model(family), batch(family, (2, 1, 0), video=video)
     forced = forced_tokens(prompt)
-    with vlmprune.applied(model, [SimilarPairs(layer=0, share=0.4), SimilarPairs(layer=2, share=0.3)]) as handle:
+    with vlmprune.applied(model, vlmprune.ToMe(keep=0.4)) as handle:
         out = prefill(model, prompt, use_cache=True)
         report, steps = handle.last, decode(model, prompt, out.past_key_values, forced)
         for row in range(len(prompt.rows)):
@@ -157,7 +153,7 @@ def test_removal_is_exact(family: str) -> None:
     model, prompt = random_vlm(family), batch(family, dtype=torch.float32)
     prefill(model, prompt, output_hidden_states=True)  # transformers' own hooks are there from now on
     before, dense = model_state(model), prefill(model, prompt).logits
-    handle = vlmprune.apply(model, SimilarPairs(layer=1))
+    handle = vlmprune.apply(model, vlmprune.ToMe(keep=0.5))
     assert not torch.equal(prefill(model, prompt).logits, dense)
     with handle.disabled():
         assert torch.equal(prefill(model, prompt).logits, dense)
@@ -166,29 +162,20 @@ def test_removal_is_exact(family: str) -> None:
     assert model_state(model) == before
 
 
-@dataclass(frozen=True)
-class Drawing(SimilarPairs):
-    """Draws, and keeps its contexts."""
-
-    tape: Tape = field(default_factory=Tape, compare=False)
-
-    def is_random(self, info: ModelInfo) -> bool:
-        return True
-
-    def select(self, context: Context) -> Selection:
-        self.tape.contexts.append(context)
-        return super().select(context)
-
-
 @pytest.mark.parametrize("family", MROPE)
-def test_every_item_has_a_seed_of_its_own_in_any_batch(family: str) -> None:
-    model, prompt, policy = family_model(family), batch(family, (1, 1)), Drawing(layer=0)
-    with vlmprune.applied(model, policy):
+def test_every_item_draws_by_itself_in_any_batch(family: str) -> None:
+    model, prompt, policy = (
+        family_model(family),
+        batch(family, (1, 1), sizes=((48, 48),)),
+        vlmprune.ToMe(r=2, matching="random"),
+    )
+    with vlmprune.applied(model, policy) as handle:
         prefill(model, prompt)
-        prefill(model, prompt.row(0))
-        prefill(model, prompt.row(1))
-    both, first, second = (context.seeds for context in policy.tape.contexts)
-    assert both == first + second and len(set(both)) == len(both)
+        both, chosen = handle.last, handle.last.tower_sites[0].selection.group_id
+        for row in range(2):
+            prefill(model, prompt.row(row))
+            assert handle.last.groups(0) == both.groups(row)
+    assert len({tuple(item) for item in chosen.tolist()}) > 1
 
 
 @pytest.mark.parametrize("family", MROPE)

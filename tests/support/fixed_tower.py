@@ -1,4 +1,4 @@
-"""Policies for tests that reduce tokens inside a vision tower: fixed groups, and pairs of similar keys."""
+"""A policy for tests that reduces tokens inside a vision tower to groups that are known before."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 
-from vlmprune.core import signals as s
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.policy import Policy, PolicyMeta
 from vlmprune.core.selection import Selection
 from vlmprune.core.sites import Place, Site, SiteRequest
-from vlmprune.kernels.bipartite import bipartite_match
 
 Groups = tuple[tuple[int, ...], ...]
 """Tokens that make each output of an item, by their numbers; others are dropped."""
@@ -53,32 +51,6 @@ class FixedGroups(Policy):
                 number[item, list(group)] = output
         sizes = context.valid.float() if context.sizes is None else context.sizes
         return Selection.merge(number, max(counts), "wavg", sizes, counts)
-
-
-@dataclass(frozen=True)
-class SimilarPairs(Policy):
-    """Merges the ``share`` of every item's tokens whose keys are most like another's, in the middle of ``layer``."""
-
-    meta = PolicyMeta(title="merging by keys, for tests")
-    name = "similar_pairs"
-
-    layer: int = 0
-    share: float = 0.5
-    keep: Any = 0.5
-
-    def requests(self, info: ModelInfo) -> tuple[SiteRequest, ...]:
-        positions = self.resolve_positions(info, "keep")
-        return (SiteRequest(Site.VISION_BLOCK, self.layer, (s.KeyMean(self.layer),), positions, place="middle"),)
-
-    def select(self, context: Context) -> Selection:
-        lengths = torch.tensor(context.lengths)
-        most = (lengths - context.prefix).clamp_min(0) // 2
-        taken = torch.minimum(most, (lengths * self.share).long())
-        metric = context.signal(s.KeyMean(self.layer))
-        match = bipartite_match(metric, taken, protect=context.prefix, valid=context.valid)
-        counts = tuple((lengths - taken).tolist())
-        sizes = context.valid.float() if context.sizes is None else context.sizes.float()
-        return Selection.merge(match.group_id, max(counts), "wavg", sizes, counts)
 
 
 def random_groups(lengths: list[int], seed: int, merge: bool, empty: bool = True) -> tuple[Groups, ...]:

@@ -10,7 +10,7 @@ python -m vlmprune.embedded.train qwen-start --out runs/qwen
 python -m vlmprune.embedded.train qwen-decoder --out runs/qwen --minutes 20 --ranks 1
 python -m vlmprune.embedded.train qwen-export --out runs/qwen --target vlmprune/embedded/assets/tiny-qwen
 
-python -m vlmprune.embedded.train vit --out runs/vit --minutes 36 --ranks 1 --cpu-time
+python -m vlmprune.embedded.train vit --out runs/vit --minutes 40 --ranks 1 --cpu-time
 python -m vlmprune.embedded.train vit-export --out runs/vit --target vlmprune/embedded/assets/tiny-vit
 """
 

@@ -26,7 +26,7 @@ from .run import Run
 
 STAGE_SEED = 41
 KEPT_PATCHES = (40, 48, 80)  # one of these per step
-ALL_PATCHES_FROM = 0.85  # of the time
+ALL_PATCHES_FROM = 0.9  # of the time
 PATCH_LABELS_UNTIL = 0.6  # of the time; their weight falls linearly from 1 to 0
 LABELLED = 0.3  # least share of a patch that the card must cover
 BACKGROUND, IGNORE = len(CLASSES), -100
