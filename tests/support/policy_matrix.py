@@ -18,7 +18,7 @@ MATRIX: dict[str, tuple[dict[str, Any], ...]] = {
     "divprune": ({"keep": 0.3}, {"keep": 4, "newline": "protect"}),
     "downsample": ({"keep": 0.25}, {"factor": 3.0, "jpeg": True}),
     "dymu": (
-        {"thresholds": 0.5},
+        {"thresholds": 0.3},
         {"thresholds": 0.2, "unmerge": False},
         {"keep": 0.5, "mode": "instance", "schedule": "linear", "unmerge": False},
     ),
