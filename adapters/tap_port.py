@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from vlmprune.adapters import tap
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.tower_reduction import AttentionPort, TowerReducer
-from vlmprune.adapters.tower_tokens import EXTRA, BlockAttention, with_key_bias
+from vlmprune.adapters.tower_tokens import EXTRA, BlockAttention, HiddenKeys, with_key_bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +64,12 @@ class TapPort(AttentionPort):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if reducer.wants(block):
             reducer.attended(block, TappedAttention(query.detach(), key.detach(), scale))
-        bias, valid = reducer.key_bias(), reducer.key_valid()
+        bias = reducer.key_bias()
         if bias is None:
             return attend(module, query, key, value, mask, scaling=scaling, **kwargs)
+        hidden = None if reducer.tokens is None else reducer.tokens.hidden_keys()
         given = (module, query, key, value, bias)
-        return attend_biased(attend, *given, scaling, valid=valid, adds_masks=self._adds_masks, **kwargs)
+        return attend_biased(attend, *given, scaling, hidden=hidden, adds_masks=self._adds_masks, **kwargs)
 
 
 def attend_biased(
@@ -80,7 +81,7 @@ def attend_biased(
     bias: Tensor,
     scaling: float | None = None,
     *,
-    valid: Tensor | None = None,
+    hidden: HiddenKeys | None = None,
     adds_masks: bool = True,
     **kwargs: Any,
 ) -> Any:
@@ -90,7 +91,7 @@ def attend_biased(
     features of queries and keys.
 
     Args:
-        valid: ``[V, T]`` bool, the keys whose bias is finite; None for all. Flash attention takes it as its mask.
+        hidden: which keys have a bias of -inf, and the others' bias; flash attention takes them as its mask.
         adds_masks: eager attention adds masks to the scores.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -101,8 +102,11 @@ def attend_biased(
         return attend(module, query, key, value, added, scaling=scaling, **kwargs)
     told = (query, key, added)
     mask = None
-    if flash and valid is not None:
-        mask, bias = valid, bias.masked_fill(~valid, 0.0)
+    if flash and hidden is not None:
+        mask = hidden.valid
+        if hidden.bias is None:
+            return attend(module, query, key, value, mask, scaling=scaling, recorded=told, **kwargs)
+        bias = hidden.bias
     query, key = with_key_bias(query, key, bias, scale)
     value = pad(value, (0, EXTRA))
     output, *rest = attend(module, query, key, value, mask, scaling=scale, recorded=told, **kwargs)

@@ -37,7 +37,7 @@ BLOCKS: Mapping[str, BlockKind] = MappingProxyType(
         "EvaBlockPostNorm": BlockKind("attn", "mlp", "drop_path2"),
     }
 )
-OLDEST = "1.0.16"
+OLDEST = "1.0.20"
 POOLS = ("", "token", "avg", "max", "avgmax", "map")
 
 

@@ -37,8 +37,8 @@ class AttentionPort(ABC):
 
     @abstractmethod
     def install(self, reducer: TowerReducer, block: int, hooks: HookStack) -> None:
-        """Hook the attention: it asks ``reducer.key_bias()`` (and ``key_valid()``) what to add to the scores of keys,
-        and hands ``reducer.attended(block, ...)`` what it multiplied if ``reducer.wants(block)``."""
+        """Hook the attention: it asks ``reducer.key_bias()`` what to add to the scores of keys, and hands
+        ``reducer.attended(block, ...)`` what it multiplied if ``reducer.wants(block)``."""
 
 
 class TowerReducer:
@@ -131,10 +131,6 @@ class TowerReducer:
     def key_bias(self) -> Tensor | None:
         """``[V, T]`` to add to the scores of the tower's keys, None for nothing."""
         return None if self.tokens is None else self.tokens.key_bias()
-
-    def key_valid(self) -> Tensor | None:
-        """``[V, T]`` bool, the keys that are seen; None where all are."""
-        return None if self.tokens is None else self.tokens.key_valid()
 
     def attended(self, block: int, attention: BlockAttention) -> None:
         """Take what a block's attention multiplied."""

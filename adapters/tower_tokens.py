@@ -96,6 +96,15 @@ class BlockAttention(ABC):
         """Queries and keys ``[V, H, T, d]``, and the scale of their products."""
 
 
+@dataclass(frozen=True, eq=False)
+class HiddenKeys:
+    """A bias of keys of which some are hidden: ``valid [V, T]`` bool, those that are seen, and their ``bias [V, T]``,
+    finite everywhere, None for nothing."""
+
+    valid: Tensor
+    bias: Tensor | None
+
+
 class TowerTokens(ABC):
     """The tokens of one run of a tower, in items that are reduced on their own.
 
@@ -137,8 +146,8 @@ class TowerTokens(ABC):
         """What is added to the scores of keys: float32 or wider ``[V, T]``, -inf for those that nothing sees, None for
         nothing."""
 
-    def key_valid(self) -> Tensor | None:
-        """``[V, T]`` bool, the keys that are seen; None where all are."""
+    def hidden_keys(self) -> HiddenKeys | None:
+        """:meth:`key_bias` in two parts where some keys are hidden, None where all are seen."""
         return None
 
     def block_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlmprune.core.policy import Policy
     from vlmprune.core.registry import register
     from vlmprune.embedded import load_embedded
+    from vlmprune.group_picture import plot_groups
     from vlmprune.measurement import measure
     from vlmprune.plot import plot_selection
     from vlmprune.policies.compose import Compose
@@ -37,6 +38,7 @@ _PUBLIC = {
     "calibrate": "vlmprune.calibration",
     "load_embedded": "vlmprune.embedded",
     "measure": "vlmprune.measurement",
+    "plot_groups": "vlmprune.group_picture",
     "plot_selection": "vlmprune.plot",
     "register": "vlmprune.core.registry",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "calibrate",
     "load_embedded",
     "measure",
+    "plot_groups",
     "plot_selection",
     "register",
 ]

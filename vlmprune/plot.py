@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +46,8 @@ def plot_selection(
         groups: outline merged tokens by destination; False outlines every token that is part of one.
         scores: colour the outlines of unmerged kept tokens by their score, dark to bright.
         processor: the processor that prepared the image: its resizing and cropping are repeated. Without it
-            the centre square is shown, which is right for processors that crop a square and nothing else.
+            the centre square is shown, which is right for processors that crop a square and nothing else, or the
+            whole image where it has the shape of the grid.
 
     Returns:
         An RGB picture, enlarged by a whole number so that single tokens can be seen.
@@ -56,11 +57,9 @@ def plot_selection(
         UnsupportedError: the image was cut into views whose places in it are not known (frames; tiles that the
             model does not put together).
     """
-    record = _image_record(report, sample, image_index)
-    assert report is not None
-    panels = []
-    for view in _drawn_views(record):
-        cells = {token: cell for cell, token in enumerate(view.tokens().tolist())}
+    drawn = []
+    for shown, grid, cells in panels(image, report, sample, image_index, processor):
+        assert report is not None
         kept = [cells[token] for token in report.kept(sample, image_index) if token in cells]
         merged = [[cells[t] for t in g if t in cells] for g in report.groups(sample, image_index)] if groups else None
         values = None
@@ -69,11 +68,25 @@ def plot_selection(
             if given is None:
                 raise InputError(f"{report.policy} gave no scores; draw without them.")
             values = [given[token] for token in cells]
+        drawn.append(draw_tokens(shown, grid, kept, merged, values, dim))
+    return side_by_side(drawn)
+
+
+def panels(
+    image: Image.Image, report: Report | None, sample: int, image_index: int, processor: Any
+) -> Iterator[tuple[Image.Image, tuple[int, int], dict[int, int]]]:
+    """The views of an image that are drawn: the picture, its grid, and the cell of each of the image's tokens there.
+
+    Raises:
+        InputError, UnsupportedError: see :func:`plot_selection`.
+    """
+    record = _image_record(report, sample, image_index)
+    for view in _drawn_views(record):
         grid = (view.height, view.width)
-        whole = len(record.views) > 1 or _keeps_whole_image(processor)
+        fits = processor is None and view.height * image.width == view.width * image.height
+        whole = len(record.views) > 1 or fits or _keeps_whole_image(processor)
         shown = image.convert("RGB") if whole else model_view(image, processor)
-        panels.append(draw_tokens(_at_least(shown, grid), grid, kept, merged, values, dim))
-    return panels[0] if len(panels) == 1 else _side_by_side(panels)
+        yield _at_least(shown, grid), grid, {token: cell for cell, token in enumerate(view.tokens().tolist())}
 
 
 def draw_tokens(
@@ -103,18 +116,25 @@ def draw_tokens(
     height, width = grid
     _check(image, grid, dim, scores)
     labels, colours = _label_tokens(height * width, kept, groups, scores)
-    factor = max(1, -(-min_cell * height // image.height), -(-min_cell * width // image.width))
-    size = (image.width * factor, image.height * factor)
-    shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC) if factor > 1 else image.convert("RGB")
-    rows = np.arange(size[1]) * height // size[1]
-    columns = np.arange(size[0]) * width // size[0]
-    owner = labels[rows[:, None] * width + columns[None, :]]  # [H, W] label of every pixel, -1 where dropped
-    pixels = np.asarray(shown).astype(np.float32)
+    pixels, owner, cell = enlarged(image, grid, labels, min_cell)
     pixels = np.where((owner >= 0)[..., None], pixels, np.round(pixels * dim))
-    cell = min(size[1] // height, size[0] // width)
     border = _border(owner, max(1, cell // 24)) & (owner >= 0)
     pixels[border] = colours[owner[border]]
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def enlarged(
+    image: Image.Image, grid: tuple[int, int], labels: np.ndarray, min_cell: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Pixels ``[H, W, 3]`` of a view, enlarged by a whole number until a cell has ``min_cell`` of them; the label of
+    every pixel ``[H, W]`` by ``labels [height * width]`` of the cells; the shorter side of a cell."""
+    height, width = grid
+    factor = max(1, -(-min_cell * height // image.height), -(-min_cell * width // image.width))
+    size = (image.width * factor, image.height * factor)
+    shown = image.convert("RGB").resize(size, Image.Resampling.BICUBIC) if factor > 1 else image.convert("RGB")
+    rows, columns = np.arange(size[1]) * height // size[1], np.arange(size[0]) * width // size[0]
+    owner = labels[rows[:, None] * width + columns[None, :]]
+    return np.asarray(shown).astype(np.float32), owner, min(size[1] // height, size[0] // width)
 
 
 def model_view(image: Image.Image, processor: Any = None, size: int | None = None) -> Image.Image:
@@ -172,10 +192,12 @@ def _at_least(image: Image.Image, grid: tuple[int, int]) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _side_by_side(panels: Sequence[Image.Image], gap: int = 8) -> Image.Image:
-    """Pictures of one height in a row."""
-    height = max(panel.height for panel in panels)
-    scaled = [panel.resize((round(panel.width * height / panel.height), height)) for panel in panels]
+def side_by_side(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
+    """Pictures of one height in a row; a single one as it is."""
+    if len(pictures) == 1:
+        return pictures[0]
+    height = max(picture.height for picture in pictures)
+    scaled = [picture.resize((round(picture.width * height / picture.height), height)) for picture in pictures]
     sheet = Image.new("RGB", (sum(panel.width + gap for panel in scaled) - gap, height), WHITE)
     left = 0
     for panel in scaled:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from explicit_tome import Image, run_block, timm_blocks, timm_embedded, unmerged
-from timm_models import DEPTH, PATCHES, images, timm_model
+from timm_models import DEPTH, PATCHES, images, timm_model, variants
 from torch import Tensor, nn
 from tower_policies import KeepPatches, MergeEach
 
@@ -30,7 +30,7 @@ def block_outputs(model: nn.Module, pictures: Tensor) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", variants(*VARIANTS))
 @torch.no_grad()
 def test_features_have_their_length(variant: str) -> None:
     model, pictures = timm_model(variant), images(2)
@@ -49,7 +49,7 @@ def test_features_have_their_length(variant: str) -> None:
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", variants(*VARIANTS))
 @torch.no_grad()
 def test_intermediates(variant: str, norm: bool) -> None:
     model, pictures = timm_model(variant), images(2)
@@ -104,7 +104,7 @@ def test_short_intermediates() -> None:
 
 
 @pytest.mark.parametrize("place", ["before", "middle"])
-@pytest.mark.parametrize("variant", [*VARIANTS, "max", "avgmax", "no_class", "eva_map"])
+@pytest.mark.parametrize("variant", variants(*VARIANTS, "max", "avgmax", "no_class", "eva_map"))
 @torch.no_grad()
 def test_dropped_patches(variant: str, place: Any) -> None:
     """As if they had not been there from that block on; their features are zero and no pooling counts them."""
@@ -155,7 +155,7 @@ def alone(model: nn.Module, tokens: Tensor) -> Tensor:
     return model.forward_head(tokens[None])[0]
 
 
-@pytest.mark.parametrize("variant", ["token", "avg", "max", "map", "eva", "qk_norm"])
+@pytest.mark.parametrize("variant", variants("token", "avg", "max", "map", "eva", "qk_norm"))
 @torch.no_grad()
 def test_different_numbers_per_image(variant: str) -> None:
     """Padding of shorter images influences nothing."""

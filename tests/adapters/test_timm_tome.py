@@ -6,7 +6,7 @@ import pytest
 import torch
 from explicit_tome import run_blocks, timm_blocks, timm_embedded, timm_logits
 from model_state import model_state
-from timm_models import DEPTH, PATCHES, VARIANTS, images, timm_model
+from timm_models import DEPTH, PATCHES, images, timm_model, variants
 
 import vlmprune
 from vlmprune.policies.tome import ToMe
@@ -14,7 +14,7 @@ from vlmprune.policies.tome import ToMe
 R = (3, 4, 2)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", variants())
 @torch.no_grad()
 def test_logits_sizes_and_sources(variant: str) -> None:
     model, pictures = timm_model(variant), images(2)
@@ -37,7 +37,7 @@ def test_logits_sizes_and_sources(variant: str) -> None:
     assert model_state(model) == before
 
 
-@pytest.mark.parametrize("variant", ["token", "avg", "eva"])
+@pytest.mark.parametrize("variant", variants("token", "avg", "eva"))
 @torch.no_grad()
 def test_without_proportional_attention(variant: str) -> None:
     """Pooling weighs by size all the same."""
@@ -49,7 +49,7 @@ def test_without_proportional_attention(variant: str) -> None:
         torch.testing.assert_close(model(pictures), timm_logits(model, expected), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["token", "qk_norm", "map", "eva_unfused"])
+@pytest.mark.parametrize("variant", variants("token", "qk_norm", "map", "eva_unfused"))
 @torch.no_grad()
 def test_unfused_attention(variant: str) -> None:
     """timm's own softmax, as it runs with ``TIMM_FUSED_ATTN=0``."""

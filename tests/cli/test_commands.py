@@ -47,7 +47,7 @@ def test_help_and_version_import_nothing_heavy(repo_root: Path) -> None:
     from vlmprune import __version__
 
     assert done.stdout.splitlines()[-1] == __version__
-    for command in ("list", "info", "run", "eval", "calibrate", "check", "demo", "quickstart", "tasks-dir"):
+    for command in ("list", "info", "run", "eval", "calibrate", "bench", "check", "demo", "quickstart", "tasks-dir"):
         assert f"\n  {command} " in done.stdout
 
 

@@ -181,19 +181,22 @@ def test_policy_on_a_batch(case: Case) -> None:
 
 
 @pytest.mark.golden("dymu", "calib")
-def test_thresholds(case: Case) -> None:
+@pytest.mark.parametrize("compat", COMPATS)
+def test_thresholds(case: Case, compat: Literal["official"] | None) -> None:
     want = case.outputs["batch_thresholds"]
     batch, n, _ = case.inputs["metric0"].shape
     info = tower(1, case.integer("class_token"))
     keep = n - info.prefix_tokens - case.integer("r")
-    measurement = DyMU(keep=keep).measurement(info)
+    measurement = DyMU(keep=keep, compat=compat).measurement(info)
+    assert measurement is not None
     for number, value in enumerate(want):
         metric = {KeyMean(0): tensor(case.inputs[f"metric{number}"])}
         context = contexts.vision_block([n] * batch, 0, metric, info, keep)
         selection = measurement.policy.select(context)
         assert sum(context.lengths) - sum(selection.out_counts()) == batch * case.integer("r")
         record = SiteRecord("dymu", Site.VISION_BLOCK, 0, "keep", context.sample, context.lengths, selection)
-        alone = DyMU(keep=keep).measurement(info)
+        alone = DyMU(keep=keep, compat=compat).measurement(info)
+        assert alone is not None
         for each in (alone, measurement):
             each.update([record])
         assert alone.means[0].mean == pytest.approx(float(value), abs=1e-6)

@@ -41,7 +41,7 @@ def test_a_bad_budget_is_refused_at_once(keep: Any) -> None:
 
 
 def test_positions() -> None:
-    with pytest.raises(InputError, match="'shuffle' is unknown.*'auto', 'keep' or 'compact'"):
+    with pytest.raises(InputError, match="'shuffle' is unknown.*'auto', 'keep', 'compact' or 'virtual'"):
         Plain(positions="shuffle")  # type: ignore[arg-type]
     assert Plain().resolve_positions(INFO) == "compact"
     assert Plain().resolve_positions(INFO, "keep") == "keep"

@@ -29,6 +29,7 @@ LAYERS = (
         "vlmprune.api",
         "vlmprune.calibration",
         "vlmprune.embedded",
+        "vlmprune.group_picture",
         "vlmprune.loading",
         "vlmprune.measurement",
         "vlmprune.plot",

@@ -184,13 +184,15 @@ def test_thresholds_are_where_the_merges_of_a_batch_end(info: ModelInfo, schedul
         state = run(measurement.policy, info, pictures(5, info, seed))
         for record, metric, merged in zip(state.records, state.metrics, state.merged, strict=True):
             pool = [cosines(metric[i], n, info.prefix_tokens) for i, n in enumerate(record.lengths)]
-            order = np.sort(np.concatenate(pool))[::-1]
+            caps = [(n - info.prefix_tokens) // 2 for n in record.lengths]
+            may = [np.sort(best)[::-1][:cap] for best, cap in zip(pool, caps, strict=True)]
+            order = np.sort(np.concatenate(may))[::-1]
             number = 5 * plan[record.layer or 0]
             assert sum(merged) == number
             if number == 0:
                 continue  # a block that the schedule leaves out is not measured
             bound = order[number - 1 : number + 1].mean()
-            assert merged == [int((best > bound).sum()) for best in pool]
+            assert merged == [int((best > bound).sum()) for best in may]
             expected.setdefault(record.layer or 0, []).append(max(0.0, float(order[number])))
         measurement.update(state.records)
     assert [mean.layer for mean in measurement.means] == [block for block, r in enumerate(plan) if r > 0]
@@ -200,6 +202,32 @@ def test_thresholds_are_where_the_merges_of_a_batch_end(info: ModelInfo, schedul
         assert mean.standard_error == pytest.approx(values.std(ddof=1) / np.sqrt(3), abs=1e-6)
     found = measurement.result().block_thresholds(info)
     assert found == pytest.approx([np.mean(expected[block]) if r else 1.0 for block, r in enumerate(plan)], abs=1e-6)
+
+
+@pytest.mark.parametrize("info", INFOS)
+def test_the_thresholds_of_one_batch_merge_what_it_merged(info: ModelInfo) -> None:
+    views = pictures(6, info)
+    for schedule in ("constant", "linear"):
+        measurement = DyMU(keep=19, schedule=schedule).measurement(info)  # type: ignore[arg-type]
+        assert measurement is not None
+        measured = run(measurement.policy, info, views)
+        measurement.update(measured.records)
+        applied = run(measurement.result(), info, views)
+        assert torch.equal(applied.groups, measured.groups) and len(set(applied.lengths)) > 1
+        assert measurement.count(applied.records).left == 6 * 19
+
+
+def test_windows_lose_parts_of_tokens_together() -> None:
+    """Of 16 tokens in a window, 0.3 are 4.8: in 5 windows the batch keeps 24, not 20."""
+    info = replace(NO_CLS, full_attention_blocks=(3,))
+    views = [view[:16] for view in pictures(5, info)]
+    measurement = DyMU(keep=0.3).measurement(info)
+    assert measurement is not None
+    measurement.update(run(measurement.policy, info, views).records)
+    count = measurement.count(run(measurement.result(), info, views).records)
+    assert (count.entered, count.wanted, count.left) == (80, 24, 24)
+    count = replace(DyMU(keep=0.3), mode="instance")
+    assert run(count, info, views).lengths == (4,) * 5
 
 
 @pytest.mark.parametrize("info", INFOS)

@@ -18,8 +18,8 @@ MATRIX: dict[str, tuple[dict[str, Any], ...]] = {
     "divprune": ({"keep": 0.3}, {"keep": 4, "newline": "protect"}),
     "downsample": ({"keep": 0.25}, {"factor": 3.0, "jpeg": True}),
     "dymu": (
-        {"thresholds": 0.3},
-        {"thresholds": 0.2, "unmerge": False},
+        {"thresholds": 0.25},
+        {"thresholds": 0.1, "unmerge": False},
         {"keep": 0.5, "mode": "instance", "schedule": "linear", "unmerge": False},
     ),
     "fastv": (

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -22,7 +22,7 @@ DEPTH = 3
 
 vit = partial(VisionTransformer, **SIZES)
 eva = partial(Eva, **SIZES)
-VARIANTS: Mapping[str, Callable[[], nn.Module]] = MappingProxyType(
+ALL: Mapping[str, partial[nn.Module]] = MappingProxyType(
     {
         "token": vit,
         "avg": partial(vit, global_pool="avg"),
@@ -45,19 +45,31 @@ VARIANTS: Mapping[str, Callable[[], nn.Module]] = MappingProxyType(
 )
 
 
+def variants(*names: str) -> list[str]:
+    """Those of ``names`` (all by default) that the installed timm can build."""
+    return [name for name in names or ALL if set(ALL[name].keywords) <= _arguments(ALL[name].func)]
+
+
+def _arguments(function: Callable[..., Any]) -> set[str]:
+    found = set(inspect.signature(function).parameters)
+    return found | _arguments(VisionTransformer) if "args" in found else found
+
+
 def timm_model(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A variant in eval mode; weights large enough that every part matters."""
     torch.manual_seed(seed)
-    return randomised(VARIANTS[variant]()).to(dtype).eval()
+    return randomised(ALL[variant]()).to(dtype).eval()
 
 
 def randomised(model: nn.Module) -> nn.Module:
     """Random weights: matrices keep the scale of their inputs, vectors differ from 0 and 1."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if parameter.ndim == 0:
+                continue
             if parameter.ndim == 1:
                 parameter.normal_(1.0 if name.endswith("weight") else 0.0, 0.3)
-            elif name.endswith(("pos_embed", "token", "latent")):
+            elif name.endswith(("pos_embed", "positional_embedding", "token", "latent")):
                 parameter.normal_(0.0, 0.7)
             else:
                 parameter.normal_(0.0, 1.5 * parameter[0].numel() ** -0.5)
@@ -73,6 +85,3 @@ def images(
     coarse = torch.randn(number, 3, 3, 3, generator=generator, dtype=torch.float64)
     smooth = nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")
     return (smooth + 0.1 * torch.randn(number, 3, height, width, generator=generator, dtype=torch.float64)).to(dtype)
-
-
-TIMM_VERSION = tuple(int(part) for part in timm.__version__.split(".")[:3])

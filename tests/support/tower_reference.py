@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class View:
 
     def bias(self) -> Tensor:
         """``[T]`` what is added to the scores of keys."""
-        size = torch.tensor(self.sizes, dtype=torch.float32).log() * self.biased
+        size = torch.tensor(self.sizes, dtype=torch.float64).log() * self.biased
         each = size[:, None].expand(self.seen.shape).masked_fill(~self.seen, -torch.inf)
         return torch.cat([torch.zeros(len(self.prefix)), each.flatten()])
 
@@ -115,6 +116,8 @@ class TowerRun:
         short: per view what left each block ``[T, D]``.
         last: ``[V, c + P, D]`` the tower's last state, behind its last norm.
         attention: per block and view, queries, keys ``[H, T, d]`` and attention ``[H, T, T]``.
+        groups: behind each block, per view the token of every patch, -1 for dropped ones.
+        entering: per block and view the token of every patch in its attention.
     """
 
     views: list[View]
@@ -123,6 +126,7 @@ class TowerRun:
     last: Tensor | None = None
     attention: list[list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=list)
     groups: list[list[list[int]]] = field(default_factory=list)
+    entering: list[list[list[int]]] = field(default_factory=list)
 
 
 class TowerReference:
@@ -138,9 +142,8 @@ class TowerReference:
         self.model = model
         self.blocks = list(blocks_of(model))
         self.steps = steps
-        self.first = int(
-            prompt.family in CLS and getattr(model.config.vision_config, "model_type", "") != "siglip_vision_model"
-        )
+        siglip = model.config.vision_config.model_type == "siglip_vision_model"
+        self.first = int(prompt.family in CLS and not siglip)
         self.merge = merge
         entering: list[Tensor] = []
         masks: list[Tensor | None] = []
@@ -160,9 +163,7 @@ class TowerReference:
 
     def _run(self, states: Tensor, mask: Tensor | None) -> TowerRun:
         count = states.shape[1] - self.first
-        side, merge = round(count**0.5), self.merge
-        grid = torch.arange(count).view(side // merge, merge, side // merge, merge)
-        order = torch.stack([grid[i, :, j].flatten() for i in range(len(grid)) for j in range(side // merge)])
+        order = unit_patches(round(count**0.5), self.merge)
         seen = torch.ones(len(states), count, dtype=torch.bool) if mask is None else mask.flatten(1).bool()
         views = [
             View(s[: self.first], s[self.first :][order], m[order], order) for s, m in zip(states, seen, strict=True)
@@ -171,8 +172,10 @@ class TowerReference:
         for number, block in enumerate(self.blocks):
             run.short.append([])
             run.attention.append([])
+            run.entering.append([])
             for index, view in enumerate(views):
                 self._reduce(view, index, number, "before")
+                run.entering[number].append(view.patch_groups())
                 parts = BlockParts(block, self.model.config.vision_config.num_attention_heads)
                 attended, seen_by = parts.attention(view.states, view.bias())
                 run.attention[number].append(seen_by)
@@ -225,6 +228,12 @@ class BlockParts:
         return getattr(self.block, "lambda_2", 1.0) * self.block.mlp(normed)
 
 
+def unit_patches(side: int, merge: int) -> Tensor:
+    """``[n, merge ** 2]`` patches of each square of a grid, squares row by row."""
+    grid = torch.arange(side**2).view(side, side)
+    return torch.stack([cell.flatten() for row in grid.split(merge) for cell in row.split(merge, 1)])
+
+
 def last_norm(model: nn.Module) -> nn.Module | None:
     """The norm behind the last block through which the last state passes; CLIP's is for its CLS token only."""
     tower = tower_of(model)
@@ -236,7 +245,7 @@ def last_norm(model: nn.Module) -> nn.Module | None:
 @contextmanager
 def tower_replaced(model: nn.Module, reference: TowerReference) -> Iterator[None]:
     """The dense model, whose tower returns what a reference computed."""
-    runs = iter(reference.runs)
+    runs = cycle(reference.runs)
 
     def stand_in(module: nn.Module, args: Any, output: Any) -> Any:
         run = next(runs)

@@ -1,4 +1,4 @@
-"""The command line: ``vlmprune list | info | run | eval | calibrate | check | demo | quickstart | tasks-dir``.
+"""The command line: ``vlmprune list | info | run | eval | calibrate | bench | check | demo | quickstart | tasks-dir``.
 
 Exit code 0: success; 1: a run failed; 2: bad input, with one line on stderr.
 """

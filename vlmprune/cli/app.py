@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vlmprune._version import __version__
-from vlmprune.cli import calibrate, check, evaluate, policies, run, serve
+from vlmprune.cli import bench, calibrate, check, evaluate, policies, run, serve
 
 
 def build_app() -> typer.Typer:
@@ -26,6 +26,7 @@ def build_app() -> typer.Typer:
     app.command("run")(run.run)
     app.command("eval")(evaluate.evaluate)
     app.command("calibrate")(calibrate.calibrate)
+    app.add_typer(bench.build_bench(), name="bench")
     app.command("check")(check.check)
     app.command("quickstart")(evaluate.quickstart)
     app.command("demo")(serve.demo)

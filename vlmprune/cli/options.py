@@ -92,20 +92,30 @@ def load(name: str, dtype: str | None = None, device: str = "auto") -> tuple[Any
     Raises:
         InputError: there is no such model or device.
     """
-    import torch
-
     from vlmprune.loading import load_model
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise InputError(f"Unknown device {device!r}; give auto, cpu or cuda.") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError("There is no CUDA device here; give --device cpu.")
+    device = choose_device(device)
     quiet()
     return load_model(name, dtype, device)
+
+
+def choose_device(name: str) -> str:
+    """A device that is there, for ``auto`` the best one.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise InputError(f"Unknown device {name!r}; give auto, cpu or cuda.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError("There is no CUDA device here; give --device cpu.")
+    return name
 
 
 def quiet() -> None:

@@ -39,30 +39,34 @@ def best(context: Context, counts: Sequence[int], official: bool) -> BipartiteMa
     return merging.match_halves(context, metric, counts, order="tome" if official else "position")
 
 
-def best_of_batch(context: Context, wanted: Sequence[int], limits: Sequence[int] | None) -> BipartiteMatch:
-    """The best pairs of all items together.
-
-    Every item may merge all its tokens at even positions. The scores of pairs beyond an item's limit are -inf.
+def best_of_batch(
+    context: Context, wanted: Sequence[float], limits: Sequence[int] | None, official: bool
+) -> BipartiteMatch:
+    """The best pairs of all items together, at most half of an item's free tokens. The scores of pairs beyond an
+    item's limit are -inf.
 
     Args:
         context: at ``vision_block``.
         wanted: merges that each item contributes to their number, at most half of the longest item's free tokens.
-        limits: merges of each item at most, None for no limit.
+        limits: merges of each item at most, None for no other limit.
+        official: an item may merge all its tokens at even positions.
     """
     metric = context.signal(KeyMean(context.layer or 0))
     probe = _without_half(context, metric, (0,) * context.n_items)
     scores = probe.scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    if not official:
+        free = context.candidates & (torch.arange(context.width, device=context.device) >= context.prefix)
+        scores = scores.masked_fill(rank >= free.sum(1, keepdim=True) // 2, -torch.inf)
     if limits is not None:
-        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         scores = scores.masked_fill(rank >= torch.tensor(limits, device=context.device)[:, None], -torch.inf)
     half = max(merging.free_lengths(context), default=0) // 2
-    number = min(sum(min(r, half) for r in wanted), scores.numel())
+    number = min(round(sum(min(r, half) for r in wanted)), scores.numel())
     first = scores.flatten().argsort(dim=0, descending=True, stable=True)[:number]
     chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=context.device)
     chosen[first] = True
     counts = (chosen.view_as(scores) & (scores > -torch.inf)).sum(1)
-    match = _without_half(context, metric, counts)
-    return replace(match, scores=scores)
+    return replace(_without_half(context, metric, counts), scores=scores)
 
 
 def token_scores(context: Context, match: BipartiteMatch) -> Tensor:

@@ -99,9 +99,12 @@ class ThresholdMeans:
     def count(self, records: Sequence[SiteRecord]) -> TokenCount:
         """See :meth:`vlmprune.core.calibration.Measurement.count`; ``samples`` stays 0."""
         first = [max(0, length - self._info.prefix_tokens) for length in records[0].tokens_in]
+        entered, budget = sum(first), self._wanted.budget
         removed = sum(sum(record.tokens_in) - sum(record.tokens_out) for record in records)
-        wanted = sum(self._wanted.budget.count(n) for n in first)
-        return TokenCount(entered=sum(first), left=sum(first) - removed, wanted=wanted)
+        wanted = sum(map(budget.count, first))
+        if budget.share is not None and self._info.full_attention_blocks is not None:
+            wanted = round(budget.share * entered)  # rounded down in every window it would be too few
+        return TokenCount(entered=entered, left=entered - removed, wanted=wanted)
 
 
 def batch_threshold(record: SiteRecord, scores: Tensor) -> float:

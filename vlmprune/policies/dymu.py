@@ -28,6 +28,9 @@ from vlmprune.policies._dymu_thresholds import (
 )
 from vlmprune.policies._tower_schedule import Schedule, Taken
 
+PARTS = 64
+"""Parts of a token in which a schedule counts what the windows of a batch lose together."""
+
 
 @register("dymu")
 @dataclass(frozen=True)
@@ -183,11 +186,12 @@ class DyMU(Policy):
         """None with the official schedule, which misses its number by what it takes behind the projector's block."""
         return None if self.compat == "official" else shortfall(self.schedule, info, budget, n)
 
-    def wanted(self, context: Context) -> tuple[int, ...]:
-        """Tokens that the schedule takes from each item in this block."""
+    def wanted(self, context: Context) -> tuple[float, ...]:
+        """Tokens that the schedule takes from each item in this block; of windows, which are small, also parts."""
         info, block = context.info, context.layer or 0
-        entered = merging.free_entered(context)
-        return tuple(self.plan(info, context.item_budget(item), n)[block] for item, n in enumerate(entered))
+        scale = 1 if self.mode == "instance" or info.full_attention_blocks is None else PARTS
+        views = [(context.item_budget(item), scale * n) for item, n in enumerate(merging.free_entered(context))]
+        return tuple(self.plan(info, budget, n)[block] / scale for budget, n in views)
 
     def select_vision_block(self, context: Context) -> Selection:
         """Merge in one block."""
@@ -201,9 +205,9 @@ class DyMU(Policy):
             tau = self.block_thresholds(context.info)[context.layer or 0]
             match = matching.above(context, tau, limits, official)
         elif self.mode == "batch":
-            match = matching.best_of_batch(context, wanted, limits)
+            match = matching.best_of_batch(context, wanted, limits, official)
         else:
-            taken = [min(r, n // 2) for r, n in zip(wanted, merging.free_lengths(context), strict=True)]
+            taken = [min(int(r), n // 2) for r, n in zip(wanted, merging.free_lengths(context), strict=True)]
             match = matching.best(context, taken, official)
             if context.pinned is None:
                 counts = tuple(n - gone for n, gone in zip(context.lengths, taken, strict=True))
