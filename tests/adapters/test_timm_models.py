@@ -8,8 +8,11 @@ import warnings
 from typing import Any
 
 import pytest
-import timm
 import torch
+
+pytest.importorskip("timm")
+
+import timm
 from model_state import hooked, model_state
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
