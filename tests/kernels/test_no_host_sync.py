@@ -102,7 +102,7 @@ def test_pairs(order: str, cuda: torch.device) -> None:
     match = bipartite_match(metric, 7, protect=1, order=order, backend="torch")
     assert match.kept.shape == (B, N - 7) and match.sources.shape == match.into.shape == (B, 7)
     x = torch.empty(B, N, 24, device=cuda, dtype=torch.half)
-    merged, total = merge_pairs(x, match.kept, match.sources, match.into, size)
+    merged, total = merge_pairs(x, match.kept, match.sources, match.into, size, backend="torch")
     assert merged.shape == (B, N - 7, 24) and merged.dtype == torch.half and total.shape == (B, N - 7)
 
 
