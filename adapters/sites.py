@@ -45,7 +45,10 @@ def plan(policy: Policy, info: ModelInfo) -> tuple[Step, ...]:
         for request in leaf.requests(info) if leaf.reduces(info) else ():
             if request.site not in info.sites:
                 served = ", ".join(sorted(info.sites))
-                raise SignalError(f"{leaf.name!r} acts at {request.site}, but {info.model_class} offers {served}.")
+                raise SignalError(
+                    f"{leaf.name!r} acts at {request.site}, but {info.model_class} offers {served}. "
+                    "Choose another policy: vlmprune.available()."
+                )
             _check_layer(leaf, request, info)
             _check_positions(leaf, request, info)
             missing = {signal: why_missing(signal, request, info) for signal in request.signals}

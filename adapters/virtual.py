@@ -150,8 +150,7 @@ class VirtualAttention:
         assert expansion is not None
         call.tables.setdefault((self._kind, expansion.numbering), tables)
         mapping = expansion.mapping.to(query.device)
-        places = (expand(part, mapping) for part in (query, key))
-        turned = rotate(module, *places, expansion.tables(tables))
+        turned = rotate(module, expand(query, mapping), expand(key, mapping), expansion.tables(tables))
         output, *rest = run(*turned, expand(value, mapping))
         return fold_mean(output, mapping, query.shape[2], dim=1), *rest
 

@@ -117,7 +117,10 @@ def derives(model: nn.Module, package: str, *names: str) -> bool:
 
 
 def image_tower(model: nn.Module) -> nn.Module:
-    """The tower that a model of open_clip has for images, or the model itself; inside a ``TimmModel`` timm's."""
+    """The tower that a model has for images: open_clip's, timm's inside it, that of a timm model for features only, or
+    the model itself."""
+    if derives(model, "timm", "FeatureGetterNet"):
+        return model.model
     if derives(model, "open_clip", "CLIP", "CustomTextCLIP", "CoCa"):
         model = model.visual
     return model.trunk if derives(model, "open_clip", "TimmModel") else model

@@ -19,6 +19,7 @@ from family_runs import (
     masked,
     rollout,
 )
+from fixed_policy import FixedKeep
 from prompt_styles import STYLES
 from torch import nn
 
@@ -72,6 +73,21 @@ def test_float64(family: str, images: tuple[int, ...], padded: bool, where: int 
     prompt = batch(family, images, padded, sizes=sizes)
     assert prompt.real.all() == (not padded)
     check(family_model(family), prompt, where, ragged=padded)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+def test_the_longest_row_keeps_everything(family: str) -> None:
+    """The sequence stays as long as it was, but tokens of the other row move in it."""
+    model, prompt = family_model(family), batch(family, (1, 1), False, sizes=STYLES[family].sizes[:1])
+    forced = forced_tokens(prompt)
+    policy = FixedKeep(kept=(tuple(range(prompt.widths()[0])), (1, 4)))
+    with masked(model, prompt, policy):
+        expected, expected_steps = rollout(model, prompt, forced)
+    with vlmprune.applied(model, policy):
+        got, steps = rollout(model, prompt, forced)
+    stay = prompt.real & ~prompt.dropped(policy.kept)
+    assert_close(got[stay], expected[stay])
+    assert_close(steps, expected_steps)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

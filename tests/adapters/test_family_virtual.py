@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from family_prompts import FamilyPrompt
@@ -18,6 +21,7 @@ from family_runs import (
 )
 from fixed_policy import FixedGroups, FixedKeep
 from llava_prompts import pick_tokens
+from masked_reference import decoder_layers
 from torch import Tensor, nn
 from virtual_reference import Groups, group_places, pick_groups, unique, unmerged
 
@@ -139,3 +143,43 @@ def test_evictions_drop_whole_groups(family: str, turn: bool) -> None:
     gone = {layer: without(prompt, groups, kept) for layer, kept in enumerate(later.kept)}
     handle = check(model, prompt, groups, later, gone, turn=turn)
     assert handle.last.kept_tokens_per_layer[1] == (0,) * len(prompt.images)
+
+
+def keep_call(calls: list[dict[str, Any]], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    calls.append(kwargs)
+
+
+def give_call(call: dict[str, Any], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A prompt's features as another run had them."""
+    if kwargs["inputs_embeds"].shape != call["inputs_embeds"].shape:
+        return None
+    names = ("inputs_embeds", "deepstack_visual_embeds")
+    return args, {**kwargs, **{name: call[name] for name in names if name in kwargs}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_inside_the_tower(family: str) -> None:
+    """The decoder takes over the tower's groups, and the features that the tower left."""
+    model, prompt, calls = family_model(family), batch(family), []
+    forced, layers = forced_tokens(prompt), decoder_layers(model)
+    text = next(module for module in model.model.modules() if getattr(module, "layers", None) is layers)
+    hook = text.register_forward_pre_hook(partial(keep_call, calls), with_kwargs=True)
+    with vlmprune.applied(model, vlmprune.ToMe(r=1, positions="virtual")) as handle:
+        got, steps = rollout(model, prompt, forced)
+        report = handle.last
+    hook.remove()
+    groups = []
+    for row, images in enumerate(prompt.places()):
+        for image, places in enumerate(images):
+            names = {token: i for i, group in enumerate(report.groups(row, image)) for token in group}
+            groups.append(tuple(names.get(token, -1) for token in range(len(places))))
+    there = unique(prompt, tuple(groups))
+    with unmerged(model, prompt, tuple(groups)):
+        hook = text.register_forward_pre_hook(partial(give_call, calls[0]), with_kwargs=True)
+        expected, expected_steps = rollout(model, prompt, forced)
+        hook.remove()
+    assert_close(got[there], expected[there])
+    assert_close(steps, expected_steps)
+    assert [record.positions for record in report.sites] == ["virtual"]
+    assert report.lengths_per_layer == (int(there.sum(1).max()),) * DEPTH
+    assert report.lengths_per_layer[0] < prompt.length

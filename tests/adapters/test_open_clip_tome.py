@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import open_clip
 import pytest
 import torch
+
+pytest.importorskip("timm")
+pytest.importorskip("open_clip")
+
+import open_clip
 from clip_models import (
     DEPTH,
     PATCHES,

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("timm")
+
 from explicit_tome import Image, run_block, timm_blocks, timm_embedded, unmerged
 from timm_models import DEPTH, PATCHES, images, timm_model, variants
 from torch import Tensor, nn

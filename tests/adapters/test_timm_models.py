@@ -8,8 +8,11 @@ import warnings
 from typing import Any
 
 import pytest
-import timm
 import torch
+
+pytest.importorskip("timm")
+
+import timm
 from model_state import hooked, model_state
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
@@ -304,6 +307,20 @@ class Maskless(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.attention(x)
+
+
+@torch.no_grad()
+def test_models_for_features_only() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, features_only=True, out_indices=(1, -1)).eval()
+    pictures = images(2, 64, dtype=torch.float32)
+    dense = model(pictures)
+    with vlmprune.applied(model, "tome", r=1) as handle:
+        maps = model(pictures)
+        assert [part.shape for part in maps] == [part.shape for part in dense] == [(2, 192, 4, 4)] * 2
+        assert not torch.equal(maps[1], dense[1]) and handle.last.kept_tokens == (4, 4)
+        inner = model.model.forward_intermediates(pictures, indices=[1, -1], intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(maps, inner, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model(pictures), dense, strict=True))
 
 
 @torch.no_grad()

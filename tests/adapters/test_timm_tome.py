@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+pytest.importorskip("timm")
+
 from explicit_tome import run_blocks, timm_blocks, timm_embedded, timm_logits
 from model_state import model_state
 from timm_models import DEPTH, PATCHES, images, timm_model, variants

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,12 +20,8 @@ from virtual_reference import Groups, group_places, pick_groups, unique, unmerge
 
 import vlmprune
 from vlmprune.adapters.cache import PrunedDynamicCache
-from vlmprune.core.context import Context
 from vlmprune.core.errors import InputError, UnsupportedError
-from vlmprune.core.info import ModelInfo
-from vlmprune.core.selection import Selection
-from vlmprune.core.signals import KeyMean
-from vlmprune.core.sites import Site, SiteRequest
+from vlmprune.core.sites import Site
 from vlmprune.embedded.random_models import random_vlm
 
 
@@ -199,42 +194,6 @@ def test_later_tokens_change_nothing_before_them(family: str) -> None:
     with vlmprune.applied(model, FixedGroups(kept=pick_groups(prompt.widths()))):
         first, second = prefill(model, prompt).logits, prefill(model, other).logits
     assert torch.equal(first[:, :-1], second[:, :-1]) and not torch.equal(first[:, -1], second[:, -1])
-
-
-@dataclass(frozen=True)
-class TowerPairs(FixedGroups):
-    """Merges neighbouring patches in the middle of tower block 1."""
-
-    def requests(self, info: ModelInfo) -> tuple[SiteRequest, ...]:
-        return (SiteRequest(Site.VISION_BLOCK, 1, (KeyMean(1),), self.positions, place="middle"),)
-
-    def select(self, context: Context) -> Selection:
-        token = torch.arange(context.width)
-        group = torch.where(token < context.prefix, token, context.prefix + (token - context.prefix) // 2)
-        n_out = int(group.max()) + 1
-        return Selection.merge(group.expand(context.n_items, -1), n_out, "mean", counts=(n_out,) * context.n_items)
-
-
-def test_merged_inside_the_tower() -> None:
-    """The decoder takes the tower's groups over; features are those that the tower left."""
-    model, prompt = family_model("llava"), batch("llava")
-    forced, given = forced_tokens(prompt), []
-    with vlmprune.applied(model, TowerPairs()) as handle:
-        hook = text_model(model).register_forward_pre_hook(
-            lambda m, a, k: given.append(k["inputs_embeds"]), with_kwargs=True
-        )
-        got, steps = rollout(model, prompt, forced)
-        hook.remove()
-        assert handle.last.sites[0].positions == "virtual"
-    groups = tuple(tuple(i // 2 for i in range(width)) for width in prompt.widths())
-    with unmerged(model, prompt, groups):
-        hook = text_model(model).register_forward_pre_hook(partial(start_from, given[0]), with_kwargs=True)
-        expected, expected_steps = rollout(model, prompt, forced)
-        hook.remove()
-    there = unique(prompt, groups)
-    assert_close(got[there], expected[there])
-    assert_close(steps, expected_steps)
-    assert max(handle.last.lengths_per_layer) == int(there.sum(1).max()) < prompt.length
 
 
 def test_undo_copies_and_pauses() -> None:
