@@ -191,7 +191,11 @@ class VisionEngine:
         if not self._open_here():
             return
         if self._begun:
-            raise UnsupportedError("The blocks ran twice in one call of the model, which a policy inside cannot serve.")
+            self._close()
+            raise UnsupportedError(
+                "The blocks ran twice in one call of the model, which a policy inside cannot serve; if the call before "
+                "was interrupted, call again."
+            )
         self._begun = True
         states = args[0] if args else kwargs["hidden_states"]
         tokens = self.family.tokens(states)
