@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -96,6 +97,17 @@ class VitFamily(ABC):
     def leave(self, entry: str, output: Any, run: VitRun) -> Any:
         """What the method ``entry`` returns, features in full length again."""
         return run.full(output) if isinstance(output, Tensor) and output.ndim == 3 else output
+
+
+def named(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, defaults included. Keywords that the method's signature lacks are taken too: a
+    decorator may take them away."""
+    signature = inspect.signature(method)
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+    known = {name: value for name, value in kwargs.items() if anything or name in signature.parameters}
+    bound = signature.bind(*args, **known)
+    bound.apply_defaults()
+    return {**bound.arguments, **{name: value for name, value in kwargs.items() if not anything and name not in known}}
 
 
 def taken_blocks(indices: int | Sequence[int] | None, depth: int) -> frozenset[int]:

@@ -73,6 +73,31 @@ def fail(*_: Any) -> None:
     raise RuntimeError("broken")
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@torch.no_grad()
+def test_after_an_interrupt() -> None:
+    """PyTorch runs no hooks then."""
+    model, pictures = timm_model("token"), images(2)
+    with vlmprune.applied(model, ToMe(r=R)):
+        reduced, features = model(pictures), model.forward_features(pictures)
+        for call in (model, model.forward_features):
+            stop = model.blocks[1].mlp.fc2.register_forward_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                call(pictures)
+            stop.remove()
+            assert torch.equal(model(pictures), reduced)
+        stop = model.blocks[1].mlp.fc2.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(pictures)
+        stop.remove()
+        with pytest.raises(UnsupportedError, match="call again"):
+            model.forward_features(pictures)
+        assert torch.equal(model.forward_features(pictures), features)
+
+
 @torch.no_grad()
 def test_a_copy_is_independent() -> None:
     model, pictures = timm_model("avg"), images(2)
