@@ -8,6 +8,7 @@ from torch import nn
 
 from vlmprune.adapters.family import Family, unwrap
 from vlmprune.adapters.gemma_vl import Gemma3Family, PaliGemmaFamily
+from vlmprune.adapters.hf_vit import HfVitFamily
 from vlmprune.adapters.idefics3 import Idefics3Family, SmolVLMFamily
 from vlmprune.adapters.internvl import InternVLFamily
 from vlmprune.adapters.llava import LlavaFamily
@@ -35,7 +36,7 @@ FAMILIES: tuple[type[VisionFamily], ...] = (
     Gemma3Family,
 )
 
-VIT_FAMILIES: tuple[type[VitFamily], ...] = (TimmFamily, OpenClipFamily)
+VIT_FAMILIES: tuple[type[VitFamily], ...] = (TimmFamily, OpenClipFamily, HfVitFamily)
 
 
 def find_family(model: nn.Module, spans: Sequence[Sequence[tuple[int, int]]] | None = None) -> Family | VitFamily:

@@ -89,6 +89,11 @@ class _ImageTokens:
         self.newlines = None if self.newlines is None else self.newlines.after(selection)
         self.views = ((),) * len(self.lengths) if self.newlines is None else self.newlines.cells(self.lengths)
 
+    def make_up(self, share: Tensor) -> None:
+        """Make features, of which only the ``share [I, N]`` that the tower left is in them, means of what is left."""
+        self.features = self.features / share[..., None].to(self.features.dtype)
+        self.written = True
+
     def finish(self, embeds: Tensor) -> tuple[Tensor, Tensor] | None:
         """Write the outcome into the call; what :func:`reduce_images` returns."""
         call = self._call
@@ -111,13 +116,15 @@ def _take_tower(tokens: _ImageTokens, call: Prefill, info: ModelInfo, source: Si
         return
     unmerged = tower.positions == "virtual"
     newline = None if tokens.newlines is None else tokens.newlines.mask
-    selection = lineage(tower.groups, source.to_tokens, tokens.valid, newline, separate=unmerged)
+    selection, share = lineage(tower.groups, source.to_tokens, tokens.valid, newline, separate=unmerged)
     if tokens.newlines is not None and not unmerged:
         selection = tokens.newlines.keep_rows(selection)
     report = call.report
     report.take_tower(tower.records, tower.attended, tower.passed)
     report.tower_flops, report.tower_flops_dense = _tower_flops(tower, info)
     report.sites.append(tower_record(tower.records, selection, call.layout.samples, tokens.lengths, tower.positions))
+    if share is not None:
+        tokens.make_up(share)
     tokens.take(selection, tower.positions, tokens.carried(), equal=True)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from vlmprune.core.sites import Positions, Site
 
 BLEND = 1e-3
 """Variance of group numbers above which a token is a blend of several groups."""
+HALF = 0.5 + 1e-6
+"""Share of a token that may be dropped, rounding included."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +40,11 @@ class TowerOutcome:
 
 def lineage(
     groups: Tensor, to_tokens: Callable[..., Tensor], valid: Tensor, newline: Tensor | None, separate: bool
-) -> Selection:
+) -> tuple[Selection, Tensor | None]:
     """The tokens of the LLM that are left, as a selection over those that the prompt has places for.
 
     A token whose patches all belong to one group stands for that group; one that blends several (interpolated
-    or pooled tokens) stays on its own; one with a dropped patch goes.
+    or pooled tokens) stays on its own, unless more than half of it was dropped.
 
     Args:
         groups: ``[V, P]`` token of the tower behind each patch, numbered per view, -1 for dropped ones.
@@ -50,6 +52,9 @@ def lineage(
         valid: ``[I, N]`` bool, not padding.
         newline: ``[I, N]`` bool, separator tokens, None where there are none.
         separate: newlines are kept as tokens of their own, not left out.
+
+    Returns:
+        The selection, and ``[I, N]`` what share of every token is left, None where each is there or gone as a whole.
     """
     views, patches = groups.shape
     number = groups + patches * torch.arange(views, device=groups.device)[:, None]
@@ -58,10 +63,11 @@ def lineage(
     number, square, gone = to_tokens(torch.stack([number, number**2, gone], 2)).unbind(2)
     scale = float(views * patches)
     blended = (square - number**2) * scale**2 > BLEND
-    there = valid & (gone == 0) if newline is None else valid & (gone == 0) & ~newline
+    there = valid & (gone <= HALF) if newline is None else valid & (gone <= HALF) & ~newline
+    partial = there & (gone > 0)
     number = (number * scale).round().long()
     token = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
-    alone = there & blended
+    alone = there & (blended | partial)
     if newline is not None and separate:
         alone = alone | (valid & newline)
         there = there | alone
@@ -70,9 +76,10 @@ def lineage(
     opens = there & (first == token)
     rank = opens.long().cumsum(1) - 1
     group = torch.where(there, rank.gather(1, first), -1)
-    counts = tuple(opens.sum(1).tolist())
-    merged = Selection.merge(group, max(counts, default=0), "mean", counts=counts)
-    return replace(merged, carry={"sizes": valid.to(torch.float32)})
+    *counts, partly = torch.cat([opens.sum(1), partial.any()[None].long()]).tolist()
+    merged = Selection.merge(group, max(counts, default=0), "mean", counts=tuple(counts))
+    merged = replace(merged, carry={"sizes": valid.to(torch.float32)})
+    return merged, torch.where(partial, 1 - gone, 1.0) if partly else None
 
 
 def first_equal(number: Tensor) -> Tensor:
@@ -109,7 +116,7 @@ def tower_record(
         samples=samples,
         lengths=lengths,
         selection=selection,
-        elapsed=partial(_summed, records),
+        elapsed=functools.partial(_summed, records),
         flops=None if None in known else sum(flops for flops in known if flops is not None),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 import warnings
@@ -17,7 +16,7 @@ from vlmprune.adapters.hooks import HookStack, uncompiled
 from vlmprune.adapters.sites import plan
 from vlmprune.adapters.tower_lineage import tower_record
 from vlmprune.adapters.tower_reduction import TowerReducer
-from vlmprune.adapters.vit_family import VitFamily
+from vlmprune.adapters.vit_family import VitFamily, named
 from vlmprune.adapters.vit_run import VitRun
 from vlmprune.core import config
 from vlmprune.core.errors import ActiveError, InputError, UnsupportedError
@@ -62,6 +61,7 @@ class VisionEngine:
         if self.steps:
             parts = family.parts()
             self._reducer = TowerReducer(self.steps, self.info, parts, [family.attention_port(part) for part in parts])
+            self._run.noted = self._reducer.noted
         self._draws = any(step.policy.is_random(self.info) for step in self.steps)
         self._hooks = HookStack()
         self._images: Tensor | None = None
@@ -167,13 +167,12 @@ class VisionEngine:
 
     def _check(self, entry: str, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name, after refusing those that cannot be served."""
-        bound = inspect.signature(method).bind(*args, **kwargs)
-        bound.apply_defaults()
+        arguments = named(method, args, kwargs)
         if self._reducer is not None:
-            self.family.check_call(entry, bound.arguments, self._run.restore_length)
+            self.family.check_call(entry, arguments, self._run.restore_length)
             if self._run.restore_length:
-                self._run.taken |= self.family.taken(entry, bound.arguments)
-        return bound.arguments
+                self._run.taken |= self.family.taken(entry, arguments)
+        return arguments
 
     def _close(self) -> None:
         if self._reducer is not None:
@@ -191,7 +190,11 @@ class VisionEngine:
         if not self._open_here():
             return
         if self._begun:
-            raise UnsupportedError("The blocks ran twice in one call of the model, which a policy inside cannot serve.")
+            self._close()
+            raise UnsupportedError(
+                "The blocks ran twice in one call of the model, which a policy inside cannot serve; if the call before "
+                "was interrupted, call again."
+            )
         self._begun = True
         states = args[0] if args else kwargs["hidden_states"]
         tokens = self.family.tokens(states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -98,6 +99,17 @@ class VitFamily(ABC):
         return run.full(output) if isinstance(output, Tensor) and output.ndim == 3 else output
 
 
+def named(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, defaults included. Keywords that the method's signature lacks are taken too: a
+    decorator may take them away."""
+    signature = inspect.signature(method)
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+    known = {name: value for name, value in kwargs.items() if anything or name in signature.parameters}
+    bound = signature.bind(*args, **known)
+    bound.apply_defaults()
+    return {**bound.arguments, **{name: value for name, value in kwargs.items() if not anything and name not in known}}
+
+
 def taken_blocks(indices: int | Sequence[int] | None, depth: int) -> frozenset[int]:
     """The blocks that ``forward_intermediates`` of timm and open_clip returns, and the last one.
 
@@ -117,7 +129,10 @@ def derives(model: nn.Module, package: str, *names: str) -> bool:
 
 
 def image_tower(model: nn.Module) -> nn.Module:
-    """The tower that a model of open_clip has for images, or the model itself; inside a ``TimmModel`` timm's."""
+    """The tower that a model has for images: open_clip's, timm's inside it, that of a timm model for features only, or
+    the model itself."""
+    if derives(model, "timm", "FeatureGetterNet"):
+        return model.model
     if derives(model, "open_clip", "CLIP", "CustomTextCLIP", "CoCa"):
         model = model.visual
     return model.trunk if derives(model, "open_clip", "TimmModel") else model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +33,15 @@ class VitRun:
     Attributes:
         tokens: as they are now; None before the first run.
         taken: blocks whose outputs the caller takes, each to be handed out in full length.
+        noted: makes hidden states that the model noted on the way what they have to be; see
+            :meth:`~vlmprune.adapters.tower_reduction.TowerReducer.noted`.
     """
 
     def __init__(self, restore_length: bool) -> None:
         self.restore_length = restore_length
         self.tokens: TowerTokens | None = None
         self.taken: frozenset[int] = frozenset()
+        self.noted: Callable[[Sequence[Tensor | None], bool], tuple[Tensor | None, ...]] | None = None
         self._handed: list[HandedOut] = []
         self._normed: HandedOut | None = None
         self._restored: weakref.ref[Tensor] | None = None

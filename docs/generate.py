@@ -115,30 +115,47 @@ def support_families() -> str:
     return _support_matrix().family_table()
 
 
+def support_vits() -> str:
+    """Which policy runs on which image model; needs timm and open_clip."""
+    return _test_module("vit_matrix").vit_table()
+
+
 def _support_matrix() -> Any:
-    """The tests' matrix, which lies outside the package."""
+    return _test_module("support_matrix")
+
+
+def _test_module(name: str) -> Any:
+    """A module of the tests, which lie outside the package."""
     if str(ROOT / "tests" / "support") not in sys.path:
         sys.path.append(str(ROOT / "tests" / "support"))
-    return importlib.import_module("support_matrix")
+    return importlib.import_module(name)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "support-policies": support_policies,
     "support-families": support_families,
+    "support-vits": support_vits,
     "policies": policies_table,
     "results": results_table,
     "comparison": comparison,
     "vit-curve": classifier_curve,
     "card-results": card_results,
 }
+OPTIONAL = ("timm", "open_clip")
 FILES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "support.md")
 
 
 def regenerated(text: str) -> str:
-    """``text`` with everything between ``<!-- NAME:start -->`` and ``<!-- NAME:end -->`` made anew."""
+    """``text`` with everything between ``<!-- NAME:start -->`` and ``<!-- NAME:end -->`` made anew, as far as the
+    packages that it needs are installed."""
 
     def fill(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{BLOCKS[match[2]]()}\n{match[3]}"
+        try:
+            return f"{match[1]}\n{BLOCKS[match[2]]()}\n{match[3]}"
+        except ModuleNotFoundError as error:
+            if error.name not in OPTIONAL:
+                raise
+            return match[0]
 
     pattern = re.compile(r"(<!-- ([\w-]+):start -->).*?(<!-- \2:end -->)", re.DOTALL)
     return pattern.sub(fill, text)

@@ -14,11 +14,12 @@ from vlmprune.evaluation.tables import percent
 INTRO = (
     "Measured by `python -m vlmprune.embedded.vit_check` with stock timm, float32. Held-out pictures use photos and "
     "handwritten digits that training did not see. Percent right, 95 % Wilson intervals (over pictures: a digit or "
-    "photo comes in several)."
+    "photo comes in several). *Harder pictures*: smaller cards, less contrast, more of the photo shining through, more "
+    "rotation and shear (`HARDER` of `digit_pictures.py`)."
 )
 SUBSETS = (
-    "The same without retraining, where only some of the 196 patches enter the first block. What the digit's card "
-    "touches is between 4 and 25 patches."
+    "The same weights where only some of the 196 patches enter the first block. The digit's card touches between 9 "
+    "and 25 patches."
 )
 
 

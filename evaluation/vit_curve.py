@@ -123,7 +123,8 @@ def measure_curve(plan: Plan = PLAN, folder: Path = FOLDER, settings: Settings =
 
     Args:
         plan: pairs of policy and parameters.
-        folder: of the files. A row that was measured on other pictures or other weights is measured again.
+        folder: of the files. A row that was measured on other pictures, other weights or in another number of rounds is
+            measured again.
         settings: how much is measured.
 
     Returns:
@@ -169,12 +170,12 @@ def _check(plan: Plan, settings: Settings) -> None:
 
 
 def _stored(path: Path, settings: Settings, now: Stamp) -> CurveRow | None:
-    """The row in a file, None where there is none or it tells of other pictures or weights."""
+    """The row in a file, None where there is none or it tells of other pictures, weights or rounds."""
     if not path.is_file():
         return None
     row = read_row(path)
-    same = (row.n, row.stamp.seeds, row.stamp.weight_hash) == (settings.pictures, now.seeds, now.weight_hash)
-    return row if same else None
+    wanted = (settings.pictures, settings.rounds, now.seeds, now.weight_hash)
+    return row if (row.n, row.rounds, row.stamp.seeds, row.stamp.weight_hash) == wanted else None
 
 
 def _row(bench: Bench, policy: str, params: Mapping[str, Any], dense: CurveRow | None) -> CurveRow:

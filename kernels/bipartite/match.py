@@ -82,20 +82,29 @@ def bipartite_match(
     in_triton = choice == "triton" and problem.dtype == torch.float32
     scores, partner = _best(problem, in_triton)
     if problem.fixed:
-        return assemble_pairs(problem, scores, partner)
+        return _pairs(problem, scores, partner, in_triton)
     rank = _ranks(scores, problem.a_free, in_triton)
     return assemble(problem, scores, partner, rank, choose_merges(problem, scores, rank))
 
 
 def _best(problem: Problem, in_triton: bool) -> tuple[Tensor, Tensor]:
     """Best cosine ``[B, Na]`` of every A slot and its partner; equal rows are ties."""
-    units = unit_rows(problem.metric, problem.dtype)
     if in_triton:
         from vlmprune.kernels.bipartite import triton_backend
 
-        return settle(problem, units, *triton_backend.best_partners(problem))
+        return triton_backend.best_partners(problem)
+    units = unit_rows(problem.metric, problem.dtype)
     found = quick_partners(problem, units)
     return settle(problem, units, *torch_backend.best_partners(problem, units)) if found is None else found
+
+
+def _pairs(problem: Problem, scores: Tensor, partner: Tensor, in_triton: bool) -> BipartiteMatch:
+    if in_triton:
+        from vlmprune.kernels.bipartite import triton_backend
+
+        if triton_backend.can_select(problem):
+            return triton_backend.select(problem, scores, partner)
+    return assemble_pairs(problem, scores, partner)
 
 
 def _ranks(scores: Tensor, free: Tensor, in_triton: bool) -> Tensor:

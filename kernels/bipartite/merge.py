@@ -54,9 +54,13 @@ def merge_groups(
     return segment_merge(x, group_id, n_out, mode, size)
 
 
+def triton_can_merge(x: Tensor) -> bool:
+    """True for features that the kernels take: float32 or narrower, and no gradient is wanted."""
+    small = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return small and x.ndim >= 2 and x.numel() > 0 and not (x.requires_grad and torch.is_grad_enabled())
+
+
 def _triton_can(x: Tensor, group_id: Tensor, mode: MergeMode) -> bool:
     """True for calls that the kernel takes; the others, wrong ones too, go to PyTorch."""
-    small = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    fits = x.ndim >= 2 and tuple(group_id.shape) == tuple(x.shape[:2]) and x.numel() > 0
-    gradient = x.requires_grad and torch.is_grad_enabled()
-    return small and fits and not gradient and mode in ("sum", "mean", "wavg", "amax")
+    fits = x.ndim >= 2 and tuple(group_id.shape) == tuple(x.shape[:2])
+    return fits and triton_can_merge(x) and mode in ("sum", "mean", "wavg", "amax")

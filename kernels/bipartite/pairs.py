@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.kernels.arguments import check_values
+from vlmprune.kernels.backend import Backend, choose_backend
+from vlmprune.kernels.bipartite.merge import triton_can_merge
 from vlmprune.kernels.bipartite.types import BipartiteMatch, Problem
 from vlmprune.kernels.gather import add_rows, take_rows
 
@@ -35,7 +37,12 @@ def assemble_pairs(problem: Problem, scores: Tensor, partner: Tensor) -> Biparti
 
 
 def merge_pairs(
-    x: Tensor, kept: Tensor, sources: Tensor, into: Tensor, size: Tensor | None = None
+    x: Tensor,
+    kept: Tensor,
+    sources: Tensor,
+    into: Tensor,
+    size: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Size-weighted means of pairs, and the sizes after the merge.
 
@@ -48,6 +55,7 @@ def merge_pairs(
         sources: int64 ``[B, r]``, tokens that merge.
         into: int64 ``[B, r]``, output that each goes to.
         size: ``[B, N]``, original tokens behind each token, positive; default all ones.
+        backend: ``"torch"`` or ``"triton"`` (no gradient, float32 or narrower; others run in PyTorch).
 
     Returns:
         ``(merged, size)``: ``[B, M, ...]`` in the dtype of ``x``, accumulated in float32 (float64 for float64), and
@@ -55,10 +63,16 @@ def merge_pairs(
 
     Raises:
         ValueError: shapes do not fit.
+        BackendError: a forced backend cannot run.
     """
     if sources.shape != into.shape:
         raise ValueError(f"sources and into must have one shape, got {tuple(sources.shape)} and {tuple(into.shape)}.")
     check_values(size, tuple(x.shape[:2]), "size")
+    choice = choose_backend("merging of pairs", backend, x.device, ("torch", "triton"))
+    if choice == "triton" and sources.shape[1] > 0 and triton_can_merge(x):
+        from vlmprune.kernels.bipartite import triton_backend
+
+        return triton_backend.merge_pairs(x, kept, sources, into, size)
     if size is None:
         size = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
     merged = take_rows(x, kept)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmprune.adapters.packed_tower import PackedTower, SegmentedAttention, tower_order
+from vlmprune.adapters.packed_tower import PackedTower, SegmentedAttention, tower_order, windows
 from vlmprune.embedded.random_models import random_vlm
 
 GRIDS = [[(1, 4, 6)], [(1, 8, 4), (1, 6, 10)], [(2, 6, 6), (1, 2, 2)], [(3, 10, 4)]]
@@ -19,11 +19,11 @@ def test_window_order_is_the_models(grids: list[tuple[int, int, int]]) -> None:
     tower, config = model.model.visual, model.config.vision_config
     window = config.window_size // config.spatial_merge_size // config.patch_size
     if hasattr(tower, "get_window_index"):
-        index, _ = tower.get_window_index(torch.tensor(grids))
+        index, ends = tower.get_window_index(torch.tensor(grids))
     else:
         from transformers.vision_utils import get_vision_window_index
 
-        index, _ = get_vision_window_index(
+        index, ends = get_vision_window_index(
             torch.tensor(grids),
             spatial_merge_size=config.spatial_merge_size,
             window_size=config.window_size,
@@ -33,6 +33,10 @@ def test_window_order_is_the_models(grids: list[tuple[int, int, int]]) -> None:
     order = tower_order(grids, config.spatial_merge_size, window)
     assert (order.reshape(-1, unit) == order.reshape(-1, unit)[:, :1] + np.arange(unit)).all()
     assert (order.reshape(-1, unit)[:, 0] // unit).tolist() == index.tolist()
+    lengths, views = windows(grids, config.spatial_merge_size, window)
+    assert [0, *np.cumsum(lengths) * unit] == torch.unique_consecutive(torch.as_tensor(ends)).tolist()
+    slices = [height * width // unit for frames, height, width in grids for _ in range(frames)]
+    assert np.bincount(views, lengths).tolist() == slices
 
 
 def test_without_windows_patches_stand_in_raster_order() -> None:

@@ -73,6 +73,31 @@ def fail(*_: Any) -> None:
     raise RuntimeError("broken")
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@torch.no_grad()
+def test_after_an_interrupt() -> None:
+    """PyTorch runs no hooks then."""
+    model, pictures = timm_model("token"), images(2)
+    with vlmprune.applied(model, ToMe(r=R)):
+        reduced, features = model(pictures), model.forward_features(pictures)
+        for call in (model, model.forward_features):
+            stop = model.blocks[1].mlp.fc2.register_forward_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                call(pictures)
+            stop.remove()
+            assert torch.equal(model(pictures), reduced)
+        stop = model.blocks[1].mlp.fc2.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(pictures)
+        stop.remove()
+        with pytest.raises(UnsupportedError, match="call again"):
+            model.forward_features(pictures)
+        assert torch.equal(model.forward_features(pictures), features)
+
+
 @torch.no_grad()
 def test_a_copy_is_independent() -> None:
     model, pictures = timm_model("avg"), images(2)
@@ -307,6 +332,20 @@ class Maskless(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.attention(x)
+
+
+@torch.no_grad()
+def test_models_for_features_only() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, features_only=True, out_indices=(1, -1)).eval()
+    pictures = images(2, 64, dtype=torch.float32)
+    dense = model(pictures)
+    with vlmprune.applied(model, "tome", r=1) as handle:
+        maps = model(pictures)
+        assert [part.shape for part in maps] == [part.shape for part in dense] == [(2, 192, 4, 4)] * 2
+        assert not torch.equal(maps[1], dense[1]) and handle.last.kept_tokens == (4, 4)
+        inner = model.model.forward_intermediates(pictures, indices=[1, -1], intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(maps, inner, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model(pictures), dense, strict=True))
 
 
 @torch.no_grad()

@@ -44,7 +44,10 @@ def hidden_rollout(
     """The dense model with the reference's features and tokens hidden."""
     model = tower_model(name)
     dropped = dict.fromkeys(range(DEPTH), gone(prompt, left))
-    with tower_replaced(model, reference), hidden_keys(decoder_layers(model), dropped, prompt.real):
+    with (
+        tower_replaced(model, reference, left.scales(prompt)),
+        hidden_keys(decoder_layers(model), dropped, prompt.real),
+    ):
         return rollout(model, prompt, forced)
 
 
@@ -72,7 +75,7 @@ def test_planned_reductions(name: str, plan: str) -> None:
     check(name, tower_batch(name), PLANS[plan])
 
 
-@pytest.mark.parametrize("plan", ["merge", "ragged"])
+@pytest.mark.parametrize("plan", ["merge", "prune", "ragged"])
 def test_videos_whose_patches_are_pooled(plan: str) -> None:
     """Images and videos run through the tower one after the other; pooled tokens blend the groups of four patches."""
     check("llava_onevision", tower_batch("llava_onevision", (2, 0, 1), video=True), PLANS[plan])
@@ -90,12 +93,13 @@ def test_compact_positions(name: str) -> None:
     prompt, steps = tower_batch(name), PLANS["ragged"]
     model, forced = tower_model(name), forced_tokens(prompt, 3)
     reference = reference_of(name, prompt, steps)
-    stay = prompt.real & ~gone(prompt, left_behind(name, prompt, reference))
+    left = left_behind(name, prompt, reference)
+    stay = prompt.real & ~gone(prompt, left)
     with vlmprune.applied(model, Planned(steps=steps, positions="compact")) as handle:
         got, got_steps = rollout(model, prompt, forced)
         assert [record.positions for record in handle.last.sites] == ["compact"]
     for row in range(len(prompt.rows)):
-        with tower_replaced(model, reference):
+        with tower_replaced(model, reference, left.scales(prompt)):
             expected, expected_steps = short_rollout(model, prompt, row, stay[row], forced[row])
         assert_close(got[row][stay[row]], expected)
         assert_close(got_steps[row], expected_steps)
@@ -111,5 +115,8 @@ def test_the_plans_do_what_they_are_for() -> None:
     made_of = [{groups[view][patch] for view, patch in patches} for patches in token_patches(prompt.family, prompt)[0]]
     assert any(len(found) > 1 for token, found in enumerate(made_of) if token in left.kept[0])
     assert any(len(group) > 1 for group in left.groups[0])
+    assert any(0.5 < share < 1 for share in left.shares[0])  # partly dropped
+    prompt = tower_batch("llava_next")
+    left = left_behind("llava_next", prompt, reference_of("llava_next", prompt, PLANS["no-bias"]))
     newlines = set(prompt.rows[0].parts[0].newlines)
     assert newlines - set(left.kept[0]) and newlines & set(left.kept[0])

@@ -1,4 +1,4 @@
-"""Every policy of the matrix that acts inside a tower runs on image models of timm and open_clip."""
+"""Every policy of the matrix that acts inside a tower runs on image models of timm, open_clip and transformers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,20 @@ from policy_matrix import CASES
 pytest.importorskip("timm")
 pytest.importorskip("open_clip")
 
-from clip_models import clip_model
+from hf_vit_models import answer
 from timm_models import PATCHES, images, timm_model
 from torch import Tensor, nn
 from tower_policies import KeepPatches
+from vit_matrix import NAMES
 
 import vlmprune
 from vlmprune.cli.catalogue import sites_of
 from vlmprune.core.registry import registry
 
-MODELS = {"timm": ("avg", 32), "timm-registers": ("registers", 32), "timm-eva": ("eva", 32), "open_clip": ("tok", 64)}
-
-
-def build(name: str) -> nn.Module:
-    variant, _ = MODELS[name]
-    return timm_model(variant) if name.startswith("timm") else clip_model(variant)
-
 
 def run(model: nn.Module, pictures: Tensor) -> Tensor:
+    if type(model).__module__.startswith("transformers."):
+        return answer(model, pictures)
     return model.encode_image(pictures) if hasattr(model, "encode_image") else model(pictures)
 
 
@@ -36,11 +32,11 @@ INSIDE = [case for case in CASES if "vision_block" in sites_of(registry.get(case
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("policy", "parameters"), INSIDE)
 @torch.no_grad()
 def test_policies(policy: str, parameters: dict[str, Any], name: str) -> None:
-    model, pictures = build(name), images(3, MODELS[name][1])
+    model, pictures = NAMES[name](), images(3, 64 if "open_clip" in name else 32)
     dense = run(model, pictures)
     with vlmprune.applied(model, policy, **parameters) as handle:
         logits = run(model, pictures)

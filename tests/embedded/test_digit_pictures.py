@@ -47,7 +47,7 @@ def test_the_digit_lies_in_its_box_and_has_the_contrast():
     for seed in range(20):
         picture = draw_picture(np.random.default_rng(seed), "train", settings)
         x0, y0, x1, y1 = picture.bbox
-        assert 32 <= x1 - x0 == y1 - y0 == picture.size <= 52 and min(x0, y0) >= 0 and max(x1, y1) <= 224
+        assert 36 <= x1 - x0 == y1 - y0 == picture.size <= 52 and min(x0, y0) >= 0 and max(x1, y1) <= 224
         outside = picture.image.astype(int)
         inside = outside[y0:y1, x0:x1] @ LUMINANCE
         edge = picture.size // 8  # the card's corners show the ground
@@ -65,7 +65,7 @@ def test_patches_are_those_that_the_box_covers():
         ImageDraw.Draw(canvas).rectangle((x0, y0, x1 - 1, y1 - 1), fill=255)
         share = np.asarray(canvas, dtype=float).reshape(14, 16, 14, 16).mean(axis=(1, 3)) / 255
         np.testing.assert_allclose(picture.coverage, share, atol=1e-9)
-        assert (picture.patches == (share > 0)).all() and 4 <= picture.patches.sum() <= 25
+        assert (picture.patches == (share > 0)).all() and 9 <= picture.patches.sum() <= 25
 
 
 def test_bad_arguments_are_refused():

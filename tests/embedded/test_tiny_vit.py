@@ -178,9 +178,9 @@ def test_it_is_no_vision_language_model():
 
 
 def test_held_out_accuracy_hangs_on_the_patches_of_the_digit():
-    """A cheap gate on the shipped weights: 200 unseen pictures, and what is left of it without the digit's patches."""
-    found = check(model_path("tiny-vit"), n=200, seed=7, subsets=50)
-    assert found["digits"]["all"]["right"] >= 0.92 * 200
+    """A cheap gate on the shipped weights: unseen pictures, and what is left without the digit's or random patches."""
+    found = check(model_path("tiny-vit"), n=150, seed=7, subsets=50)
+    assert found["digits"]["all"]["right"] >= 0.91 * 150
     patches = {name: row["right"] / row["n"] for name, row in found["patches"].items()}
-    assert patches["all but the digit's patches"] < 0.3 < patches["20 random patches"] + 0.3
-    assert patches["all patches"] > patches["49 random patches"] > patches["20 random patches"]
+    assert patches["all but the digit's patches"] < 0.3 and patches["the digit's patches alone"] > 0.85
+    assert patches["all patches"] > 0.85 > patches["98 random patches"] > patches["20 random patches"]

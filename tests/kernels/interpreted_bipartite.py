@@ -8,11 +8,14 @@ import torch
 from golden_io import Case
 
 from vlmprune.kernels.backend import use_backend
-from vlmprune.kernels.bipartite import BipartiteMatch, bipartite_match, merge_groups, torch_backend
+from vlmprune.kernels.bipartite import BipartiteMatch, bipartite_match, merge_groups, merge_pairs, torch_backend
+from vlmprune.kernels.bipartite import match as match_module
 from vlmprune.kernels.bipartite import merge as merge_module
+from vlmprune.kernels.bipartite import pairs as pairs_module
+from vlmprune.kernels.gather import segment_merge
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FIELDS = ("group_id", "counts", "scores", "partner", "merged", "a_index", "b_index")
+FIELDS = ("group_id", "counts", "scores", "partner", "merged", "a_index", "b_index", "kept", "sources", "into")
 
 
 def move(value: object, device: str = DEVICE) -> object:
@@ -33,10 +36,19 @@ def triton_merge(x: torch.Tensor, group: torch.Tensor, n_out: int, mode: str, si
     return merge_groups(move(x), move(group), n_out, mode, move(size), backend="triton").cpu()
 
 
+def triton_pairs(
+    x: torch.Tensor, match: BipartiteMatch, size: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pairs = map(move, (match.kept, match.sources, match.into, size))
+    merged, total = merge_pairs(move(x), *pairs, backend="triton")
+    return merged.cpu(), total.cpu()
+
+
 def same(got: BipartiteMatch, want: BipartiteMatch) -> None:
     assert got.n_out == want.n_out
-    for name in ("group_id", "counts", "partner", "merged"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    for name in ("group_id", "counts", "partner", "merged", "kept", "sources", "into"):
+        left, right = getattr(got, name), getattr(want, name)
+        assert left is right is None or torch.equal(left, right), name
     torch.testing.assert_close(got.scores, want.scores, atol=2e-6, rtol=0, equal_nan=True)
 
 
@@ -95,6 +107,76 @@ def test_ties_take_the_lowest_index() -> None:
             got = triton_match(part, 20)
             same(got, bipartite_match(part, 20, backend="torch"))
             same(got, bipartite_match(part, 20, backend="reference"))
+
+
+def test_equal_rows_tie() -> None:
+    """As for PyTorch, which finds equal rows first; here equal rows have equal cosines, and 1 to each other."""
+    generator = torch.Generator().manual_seed(11)
+    for channels, kinds, n in ((7, 3, 70), (33, 5, 131)):
+        base = torch.randn(kinds, channels, generator=generator)
+        base[0, 0] = 0.0
+        metric = base[torch.randint(0, kinds, (2, n), generator=generator)]
+        metric[0, 1::2] = torch.randn(n // 2, channels, generator=generator)[torch.arange(n // 2) % 9]
+        metric[..., 0] = torch.where(metric[..., 0] == 0, metric[..., 0] * metric[..., 1].sign(), metric[..., 0])
+        blocked = torch.rand(2, n, generator=generator) < 0.2
+        for arguments in ({}, {"protect": 2}, {"protected": blocked}):
+            got = triton_match(metric, n // 4, **arguments)
+            same(got, bipartite_match(metric, n // 4, backend="reference", **arguments))
+    for _ in range(5):
+        row = torch.randn(24, generator=generator)
+        close = row.clone()
+        close[3] *= 1 + 2.0**-12
+        match = triton_match(torch.stack([row, close, row, close, close, row])[None], 3)
+        assert match.partner.tolist() == [[2, 2, 0]] and match.scores.eq(1).all()
+
+
+@pytest.mark.parametrize("order", ["tome", "position", "original"])
+@pytest.mark.parametrize(("n", "protect"), [(9, 0), (32, 1), (33, 2), (131, 1), (4, 9)])
+def test_pairs(n: int, protect: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if order != "original":
+        monkeypatch.setattr(match_module, "assemble_pairs", nothing_merges)
+    generator = torch.Generator().manual_seed(n)
+    metric = torch.randn(3, n, 6, generator=generator)
+    for r in (n // 4, 1000) if n < 100 else (n // 4,):
+        got = triton_match(metric, r, protect=protect, order=order)
+        same(got, bipartite_match(metric, r, protect=protect, order=order, backend="reference"))
+        assert got.kept is not None and got.merged.dtype == torch.bool
+
+
+def nothing_merges(problem: object, *rest: object) -> BipartiteMatch:
+    """PyTorch's version, only where nothing merges: the kernel must not end up there unnoticed."""
+    assert problem.width == 0
+    return pairs_module.assemble_pairs(problem, *rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("trailing", [(), (7,), (2, 3)])
+def test_merging_pairs(trailing: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(9)
+    match = bipartite_match(torch.randn(2, 21, 2, generator=generator), 9, protect=1)
+    assert match.into.sort().values.diff().eq(0).any(), "several tokens into one output"
+    x = torch.randn(21, 2, *trailing, generator=generator).to(dtype).transpose(0, 1)
+    size = torch.randint(1, 6, (2, 21), generator=generator).float()
+    monkeypatch.setattr(pairs_module, "take_rows", broken)
+    for weights in (size, size.double(), None):
+        merged, total = triton_pairs(x, match, weights)
+        want = merge_groups(x, match.group_id, match.n_out, size=weights, backend="reference")
+        tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(merged, want, atol=tolerance, rtol=tolerance)
+        mass = torch.ones(2, 21) if weights is None else weights
+        assert torch.equal(total, segment_merge(mass, match.group_id, match.n_out, mode="sum"))
+        assert torch.equal(merged[:, 0], x[:, 0])
+
+
+def test_pairs_in_pytorch() -> None:
+    """Gradients and float64 have no kernel."""
+    x = torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(6))
+    match = bipartite_match(x, 4)
+    leaf = x.clone().to(DEVICE).requires_grad_()
+    merged, total = merge_pairs(leaf, *map(move, (match.kept, match.sources, match.into)), backend="triton")
+    (merged * total[..., None]).sum().backward()
+    torch.testing.assert_close(leaf.grad, torch.ones_like(leaf))
+    assert triton_pairs(x.double(), match, None)[0].dtype == torch.float64
 
 
 def test_rows_that_are_not_finite() -> None:

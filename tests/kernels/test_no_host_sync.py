@@ -103,7 +103,7 @@ def test_pairs(order: str, cuda: torch.device) -> None:
     match = bipartite_match(metric, 7, protect=1, order=order, backend="torch")
     assert match.kept.shape == (B, N - 7) and match.sources.shape == match.into.shape == (B, 7)
     x = torch.empty(B, N, 24, device=cuda, dtype=torch.half)
-    merged, total = merge_pairs(x, match.kept, match.sources, match.into, size)
+    merged, total = merge_pairs(x, match.kept, match.sources, match.into, size, backend="torch")
     assert merged.shape == (B, N - 7, 24) and merged.dtype == torch.half and total.shape == (B, N - 7)
 
 
@@ -135,9 +135,12 @@ def test_triton_selection_on_a_gpu() -> None:
 def test_triton_matching_on_a_gpu() -> None:
     x, valid = torch.randn(B, N, 16, device="cuda"), torch.ones(B, N, dtype=torch.bool, device="cuda")
 
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
+    def run() -> tuple[torch.Tensor, ...]:
         match = bipartite_match(x, 9, valid=valid, backend="triton")
-        return match.group_id, merge_groups(x, match.group_id, match.n_out, size=x[..., 0], backend="triton")
+        merged = merge_groups(x, match.group_id, match.n_out, size=x[..., 0], backend="triton")
+        fixed = bipartite_match(x, 9, protect=1, backend="triton")
+        pairs = merge_pairs(x, fixed.kept, fixed.sources, fixed.into, x[..., 0].abs(), backend="triton")
+        return match.group_id, merged, fixed.group_id, *pairs
 
     want = run()  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -145,7 +148,7 @@ def test_triton_matching_on_a_gpu() -> None:
         got = run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert all(map(torch.equal, got, want))
 
 
 def test_places(cuda: torch.device) -> None:

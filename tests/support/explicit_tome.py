@@ -113,23 +113,38 @@ def split_heads(values: Tensor, heads: int) -> Tensor:
     return values.unflatten(1, (heads, -1)).transpose(0, 1)
 
 
-def rotated(values: Tensor, table: Tensor, prefix: int, members: list[list[int]]) -> Tensor:
-    """``values [H, T, d]`` turned by the angles of each token's first member; ``table [P, 2 * d]`` sines, cosines."""
+def rotated(values: Tensor, table: Tensor, prefix: int, members: list[list[int]], half: bool = False) -> Tensor:
+    """``values [H, T, d]`` turned by the angles of each token's first member.
+
+    Args:
+        values: queries or keys.
+        table: sines, then cosines, ``[P, 2 * d]`` or one table per head.
+        prefix: tokens that stay as they are.
+        members: of every token.
+        half: pairs are the first and the second half of ``d``, not neighbours.
+    """
     turned = values.clone()
     for token in range(prefix, values.shape[1]):
-        sine, cosine = table[min(members[token]) - prefix].chunk(2)
+        sine, cosine = table[..., min(members[token]) - prefix, :].chunk(2, -1)
         x = values[:, token]
-        swapped = torch.stack([-x[:, 1::2], x[:, 0::2]], -1).flatten(1)
+        if half:
+            swapped = torch.cat([-x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]], 1)
+        else:
+            swapped = torch.stack([-x[:, 1::2], x[:, 0::2]], -1).flatten(1)
         turned[:, token] = x * cosine + swapped * sine
     return turned
 
 
 def timm_blocks(model: nn.Module) -> list[Block]:
     """Blocks of a timm ``VisionTransformer`` with ``Block`` or ``ResPostBlock``, or of an ``Eva``."""
-    return [_timm_block(block, model) for block in model.blocks]
+    tables = [None] * len(model.blocks)
+    if getattr(model, "rope", None) is not None:
+        table = model.rope.get_embed()
+        tables = list(table) if table.ndim == 4 else [table] * len(model.blocks)
+    return [_timm_block(block, model, table) for block, table in zip(model.blocks, tables, strict=True)]
 
 
-def _timm_block(block: nn.Module, model: nn.Module) -> Block:
+def _timm_block(block: nn.Module, model: nn.Module, table: Tensor | None) -> Block:
     post = type(block).__name__ in ("ResPostBlock", "EvaBlockPostNorm")
     scale1, scale2 = _scale(block, 1), _scale(block, 2)
     norm1 = block.norm1 if post else nn.Identity()
@@ -143,7 +158,7 @@ def _timm_block(block: nn.Module, model: nn.Module) -> Block:
         return scale2(norm2(block.mlp(states if post else block.norm2(states))))
 
     return Block(
-        heads=lambda states, members: _timm_heads(attention, states, members, model),
+        heads=lambda states, members: _timm_heads(attention, states, members, model.num_prefix_tokens, table),
         norm1=nn.Identity() if post else block.norm1,
         project=project,
         mlp=mlp,
@@ -157,7 +172,9 @@ def _scale(block: nn.Module, number: int) -> Callable[[Tensor], Tensor]:
     return getattr(block, f"ls{number}", nn.Identity())
 
 
-def _timm_heads(attention: nn.Module, states: Tensor, members: list[list[int]], model: nn.Module) -> Heads:
+def _timm_heads(
+    attention: nn.Module, states: Tensor, members: list[list[int]], prefix: int, table: Tensor | None
+) -> Heads:
     if attention.qkv is None:
         found = [layer(states) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
     else:
@@ -167,13 +184,13 @@ def _timm_heads(attention: nn.Module, states: Tensor, members: list[list[int]], 
             bias = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias])
         if bias is not None:
             found = [part + b for part, b in zip(found, bias.chunk(3), strict=True)]
-    query, key, value = (split_heads(part, attention.num_heads) for part in found)
+    query, key, value = (split_heads(part, len(part[0]) // attention.head_dim) for part in found)
     query, key = attention.q_norm(query), attention.k_norm(key)
-    rope = getattr(model, "rope", None)
-    if rope is not None:
-        table = rope.get_embed()
-        query, key = (rotated(x, table, model.num_prefix_tokens, members) for x in (query, key))
-    return query, key, value
+    if table is not None:
+        half = getattr(attention, "rotate_half", False)
+        query, key = (rotated(x, table, prefix, members, half) for x in (query, key))
+    shared = len(query) // len(key)  # queries per key
+    return query, key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
 
 
 def timm_embedded(model: nn.Module, images: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def policy_table() -> str:
         meta = registry.get(name).meta
         cells = ["yes" if supported(name, family) else "–" for family in NAMES]
         lines.append([f"`{name}`", *cells, _yes(meta.batch), _yes(meta.video)])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def family_table() -> str:
@@ -90,13 +90,14 @@ def family_table() -> str:
                 _yes(info.has_cls),
             ]
         )
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _yes(value: bool) -> str:
     return "yes" if value else "–"
 
 
-def _markdown(lines: list[list[str]]) -> str:
+def markdown(lines: list[list[str]]) -> str:
+    """A table; the second line is the rule below the header."""
     assert set(NAMES) == set(FAMILIES)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -40,6 +40,9 @@ ALL: Mapping[str, partial[nn.Module]] = MappingProxyType(
         "eva": partial(eva, swiglu_mlp=True, init_values=0.5, use_abs_pos_emb=False, use_rot_pos_emb=True),
         "eva_unfused": partial(eva, qkv_fused=False, use_rot_pos_emb=True, global_pool="token", scale_attn_inner=True),
         "eva_map": partial(eva, global_pool="map", num_reg_tokens=2, use_rot_pos_emb=True, attn_type="rope"),
+        "eva_mixed": partial(eva, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope"),
+        "eva_half": partial(eva, use_rot_pos_emb=True, rope_rotate_half=True, attn_type="rope", qk_norm=True),
+        "eva_grouped": partial(eva, use_rot_pos_emb=True, attn_type="rope", qkv_fused=False, num_kv_heads=2),
         "eva_post_norm": partial(eva, use_post_norm=True, qk_norm=False),
     }
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from recording import Tape
 
 from vlmprune.core.context import Context
 from vlmprune.core.info import ModelInfo
@@ -71,7 +71,7 @@ class Planned(Policy):
 
     steps: tuple[PlannedStep, ...] = ()
     signals: tuple[Signal, ...] = ()
-    seen: list[Context] = field(default_factory=list, compare=False)
+    tape: Tape = field(default_factory=Tape, compare=False)
     keep: Any = 0.5
 
     def requests(self, info: ModelInfo) -> tuple[SiteRequest, ...]:
@@ -89,7 +89,7 @@ class Planned(Policy):
         )
 
     def select_vision_block(self, context: Context) -> Selection:
-        self.seen.append(context)
+        self.tape.contexts.append(context)
         [step] = [step for step in self.steps if step.block == context.layer]
         groups = []
         for view, tokens in enumerate(context.lengths):
@@ -112,4 +112,3 @@ def selection(context: Context, groups: list[list[int]], kind: Kind) -> Selectio
 
 
 Steps = tuple[PlannedStep, ...]
-Change = Callable[[int, int, frozenset[int]], list[int]]

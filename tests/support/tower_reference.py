@@ -13,8 +13,9 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from eager_reference import CLS, blocks_of, find, tower_of
+from eager_reference import CLS, blocks_of, find, projector_of, tower_of
 from family_prompts import FamilyPrompt, prefill
+from short_reference import text_model
 from torch import Tensor, nn
 from tower_plans import Steps
 
@@ -243,20 +244,41 @@ def last_norm(model: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def tower_replaced(model: nn.Module, reference: TowerReference) -> Iterator[None]:
-    """The dense model, whose tower returns what a reference computed."""
+def tower_replaced(model: nn.Module, reference: TowerReference, share: Tensor | None = None) -> Iterator[None]:
+    """The dense model, whose tower returns what a reference computed, and whose projector makes nothing of dropped
+    patches.
+
+    Args:
+        share: ``[B, L]`` what embeddings are divided by, None for nothing.
+    """
     runs = cycle(reference.runs)
+    current: list[TowerRun] = []
 
     def stand_in(module: nn.Module, args: Any, output: Any) -> Any:
-        run = next(runs)
-        output["last_hidden_state"] = run.last
+        current[:] = [next(runs)]
+        output["last_hidden_state"] = current[0].last
         if output.get("hidden_states") is not None:
-            behind = [None if s is None else run.hidden[i] for i, s in enumerate(output["hidden_states"][1:])]
+            behind = [None if s is None else current[0].hidden[i] for i, s in enumerate(output["hidden_states"][1:])]
             output["hidden_states"] = (output["hidden_states"][0], *behind)
         return output
 
-    hook = tower_of(model).register_forward_hook(stand_in)
+    def project(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        dropped = torch.tensor(current[0].groups[-1]) < 0
+        return output.masked_fill(dropped[..., None], 0.0) if dropped.shape == output.shape[:2] else None
+
+    def divide(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        embeds = kwargs.get("inputs_embeds")
+        if share is None or embeds is None or embeds.shape[:2] != share.shape:
+            return None
+        return args, {**kwargs, "inputs_embeds": embeds / share[..., None].to(embeds.dtype)}
+
+    hooks = [
+        tower_of(model).register_forward_hook(stand_in),
+        projector_of(model).register_forward_hook(project),
+        text_model(model).register_forward_pre_hook(divide, with_kwargs=True),
+    ]
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

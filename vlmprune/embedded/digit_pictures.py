@@ -75,16 +75,17 @@ class PictureSettings:
         plain: probability of a plain background.
     """
 
-    size: tuple[int, int] = (32, 52)
-    contrast: tuple[float, float] = (70.0, 210.0)
-    opacity: tuple[float, float] = (0.6, 1.0)
-    angle: float = 10.0
-    shear: float = 0.12
+    size: tuple[int, int] = (36, 52)
+    contrast: tuple[float, float] = (100.0, 220.0)
+    opacity: tuple[float, float] = (0.75, 1.0)
+    angle: float = 5.0
+    shear: float = 0.05
     clutter: tuple[int, int] = (3, 9)
     plain: float = 0.0
 
 
 HELD_OUT = PictureSettings()
+HARDER = PictureSettings(size=(32, 52), contrast=(70.0, 210.0), opacity=(0.6, 1.0), angle=10.0, shear=0.12)
 
 
 def digit_picture(index: int, split: str = "test", seed: int = 0, settings: PictureSettings = HELD_OUT) -> DigitPicture:

@@ -23,12 +23,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .digit_pictures import CLASSES, DigitPicture, digit_picture
+from .digit_pictures import CLASSES, HARDER, DigitPicture, digit_picture
 from .vit_files import load_vit
 
 logger = logging.getLogger("vlmprune.embedded.vit_check")
-SIZES = ((32, 38), (39, 45), (46, 52))
-CONTRASTS = ((70, 115), (115, 160), (160, 210))
+SIZES = ((36, 41), (42, 46), (47, 52))
+CONTRASTS = ((100, 140), (140, 180), (180, 220))
 RANDOM = (147, 98, 49, 20)
 Counts = dict[str, dict[str, int]]
 
@@ -92,6 +92,11 @@ def check(folder: Path, n: int, seed: int, subsets: int, batch: int = 50) -> dic
         for picture, guess in zip(pictures, dense.argmax(-1).tolist(), strict=True):
             for name in groups_of(picture):
                 _count(groups[name], guess == picture.label)
+    for start in range(0, subsets, batch):
+        pictures = [digit_picture(index, "test", seed, HARDER) for index in range(start, min(subsets, start + batch))]
+        guesses = logits_of(model, transform([Image.fromarray(picture.image) for picture in pictures])).argmax(-1)
+        for picture, guess in zip(pictures, guesses.tolist(), strict=True):
+            _count(groups["harder pictures"], guess == picture.label)
     order = [name for name, _ in sorted(groups.items(), key=lambda item: (item[0] != "all", item[0]))]
     return {"seed": seed, "chance": 1 / len(CLASSES), "digits": {name: groups[name] for name in order}, "patches": kept}
 

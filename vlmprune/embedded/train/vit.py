@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..digit_pictures import CLASSES, DigitPicture, PictureSettings, digit_picture, draw_picture
+from ..digit_pictures import CLASSES, HARDER, DigitPicture, PictureSettings, digit_picture, draw_picture
 from ..fastpath import patchify
 from ..model import WIDTH
 from ..scenes import GRID
@@ -31,7 +31,9 @@ PATCH_LABELS_UNTIL = 0.6  # of the time; their weight falls linearly from 1 to 0
 LABELLED = 0.3  # least share of a patch that the card must cover
 BACKGROUND, IGNORE = len(CLASSES), -100
 BACKGROUND_WEIGHT = 0.1
-TRAINING = PictureSettings(contrast=(60.0, 220.0), opacity=(0.5, 1.0), angle=12.0, shear=0.15, plain=0.05)
+TRAINING = PictureSettings(
+    size=(32, 52), contrast=(60.0, 220.0), opacity=(0.5, 1.0), angle=12.0, shear=0.15, plain=0.05
+)
 EVALUATION_SEED = 99
 SIZES = ((32, 38), (39, 45), (46, 52))
 
@@ -71,14 +73,14 @@ def patch_loss(logits: Tensor, labels: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=1)
 def _held_out(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images uint8 `[n, 224, 224, 3]`, labels and sizes `[n]`."""
-    pictures = [digit_picture(index, "test", EVALUATION_SEED) for index in range(count)]
+    pictures = [digit_picture(index, "test", EVALUATION_SEED, HARDER) for index in range(count)]
     images = np.stack([picture.image for picture in pictures])
     return images, np.array([p.label for p in pictures]), np.array([p.size for p in pictures])
 
 
 @torch.no_grad()
 def evaluate_vit(model: nn.Module, count: int, batch: int = 50) -> dict[str, float]:
-    """Held-out accuracy, of all pictures and by the digit's size, and the loss."""
+    """Accuracy on harder held-out pictures, of all and by the digit's size, and the loss."""
     images, labels, sizes = _held_out(count)
     parts = [torch.from_numpy(images[start : start + batch]) for start in range(0, count, batch)]
     logits = torch.cat([vit_logits(model, vit_features(model, patchify(part))) for part in parts])
