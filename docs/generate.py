@@ -28,7 +28,7 @@ from vlmprune.evaluation import vit_curve as curve  # noqa: E402
 from vlmprune.evaluation.compare import RESULTS, read_all  # noqa: E402
 from vlmprune.evaluation.schema import RESULTS_NAME, ResultRow, read_results  # noqa: E402
 from vlmprune.evaluation.tables import render_grid, render_table  # noqa: E402
-from vlmprune.evaluation.vit_rows import read_curve, render_curve  # noqa: E402
+from vlmprune.evaluation.vit_rows import CurveRow, read_curve, render_curve  # noqa: E402
 
 MODEL = "tiny-llava"
 PICTURE = ROOT / "docs" / "overlay.png"
@@ -76,8 +76,16 @@ def classifier_curve() -> str:
         f"**{rows[0].model}, {rows[0].task}** ({rows[0].n} pictures, {rows[0].stamp.batch_size} at a time)\n\n"
         f"{render_curve(rows)}\n\n"
         f"Measured {stamp.started[:10]} on {stamp.device}, {stamp.dtype}, {stamp.attention} attention, threads: "
-        f"{stamp.threads}, torch {stamp.versions['torch']}, timm {stamp.versions['timm']}."
+        f"{stamp.threads}, torch {stamp.versions['torch']}, timm {stamp.versions['timm']}.{_timed(rows)}"
     )
+
+
+def _timed(rows: list[CurveRow]) -> str:
+    stamps = [row.stamp_times for row in rows if row.stamp_times is not None]
+    if not stamps:
+        return " Not timed yet."
+    days = ", ".join(sorted({stamp.started[:10] for stamp in stamps}))
+    return f" Timed {days} on {', '.join(sorted({stamp.device for stamp in stamps}))}."
 
 
 def card_results() -> str:

@@ -99,14 +99,17 @@ class Bench:
         pictures = torch.cat(self.batches[: -(-count // self.settings.batch)])[:count]
         return measure_cost(self.model, pictures, self.names, attach)
 
-    def times(self, attach: Attach) -> dict[str, float | None]:
+    def times(self, attach: Attach) -> dict[str, Any]:
         """The row's fields about time."""
+        rounds = self.settings.rounds
         names = ("images_per_s", "images_per_s_dense", "speedup", "speedup_low", "speedup_high")
-        if not self.settings.rounds:
-            return dict.fromkeys(names)
+        if not rounds:
+            return {**dict.fromkeys(names), "rounds": 0, "stamp_times": None}
+        stamp = self.stamp()
         full: list[Tensor] = [batch for batch in self.batches if len(batch) == len(self.batches[0])]
-        speed = measure_speed(self.model, self.dense, full, self.names, attach, self.settings.rounds)
-        return dict(zip(names, (speed.own, speed.dense, speed.ratio, speed.low, speed.high), strict=True))
+        speed = measure_speed(self.model, self.dense, full, self.names, attach, rounds)
+        found = (speed.own, speed.dense, speed.ratio, speed.low, speed.high)
+        return {**dict(zip(names, found, strict=True)), "rounds": rounds, "stamp_times": stamp}
 
     def difference(self, name: str, right: str, others: Sequence[str]) -> dict[str, float | None]:
         """The row's fields about accuracy less the mean of others; pictures of one handwritten digit are a cluster."""
@@ -123,8 +126,8 @@ def measure_curve(plan: Plan = PLAN, folder: Path = FOLDER, settings: Settings =
 
     Args:
         plan: pairs of policy and parameters.
-        folder: of the files. A row that was measured on other pictures, other weights or in another number of rounds is
-            measured again.
+        folder: of the files. A row of other pictures or weights is measured again; one that was timed in another
+            number of rounds, or not at all, is timed again.
         settings: how much is measured.
 
     Returns:
@@ -136,17 +139,17 @@ def measure_curve(plan: Plan = PLAN, folder: Path = FOLDER, settings: Settings =
     """
     _check(plan, settings)
     bench = Bench(settings)
-    reference = bench.stamp()
-    path = row_path(folder, MODEL, DENSE, {})
-    dense = _stored(path, settings, reference)
-    if dense is None:
-        write_row(path, dense := _row(bench, DENSE, {}, None))
-    paths = [path]
-    for policy, params in plan:
+    paths, dense = [], None
+    for policy, params in ((DENSE, {}), *plan):
         paths.append(path := row_path(folder, MODEL, policy, params))
-        if _stored(path, settings, reference) is None:
+        row = _stored(path, bench)
+        if row is None:
             logger.info("%s", cell_title(policy, params))
-            write_row(path, _row(bench, policy, params, dense))
+            write_row(path, row := _row(bench, policy, params, dense))
+        elif settings.rounds not in (0, row.rounds):
+            logger.info("%s, times", cell_title(policy, params))
+            write_row(path, row := row.model_copy(update=bench.times(_attach(bench, policy, params))))
+        dense = dense or row
     return paths
 
 
@@ -169,13 +172,13 @@ def _check(plan: Plan, settings: Settings) -> None:
             raise InputError(f"{RANDOM_PATCHES} takes keep, a share above 0 and up to 1; got {dict(params)}.")
 
 
-def _stored(path: Path, settings: Settings, now: Stamp) -> CurveRow | None:
-    """The row in a file, None where there is none or it tells of other pictures, weights or rounds."""
+def _stored(path: Path, bench: Bench) -> CurveRow | None:
+    """The row in a file, None where there is none or it tells of other pictures or weights."""
     if not path.is_file():
         return None
-    row = read_row(path)
-    wanted = (settings.pictures, settings.rounds, now.seeds, now.weight_hash)
-    return row if (row.n, row.rounds, row.stamp.seeds, row.stamp.weight_hash) == wanted else None
+    row, now = read_row(path), bench.stamp()
+    same = (row.n, row.stamp.seeds, row.stamp.weight_hash) == (len(bench.labels), now.seeds, now.weight_hash)
+    return row if same else None
 
 
 def _row(bench: Bench, policy: str, params: Mapping[str, Any], dense: CurveRow | None) -> CurveRow:
@@ -207,9 +210,8 @@ def _row(bench: Bench, policy: str, params: Mapping[str, Any], dense: CurveRow |
         tokens_exit=cost.exit,
         flops=cost.flops,
         flops_dense=cost.flops if dense is None else dense.flops,
-        **bench.times(attach),
-        rounds=bench.settings.rounds,
         stamp=stamp,
+        **bench.times(attach),
     )
 
 

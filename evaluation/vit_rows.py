@@ -40,7 +40,7 @@ class CurveRow(BaseModel):
         images_per_s, images_per_s_dense: medians over rounds in which the two take turns.
         speedup, speedup_low, speedup_high: median, lowest and highest of the rounds' ratios.
         rounds: timed rounds of one batch of `stamp.batch_size` each.
-        stamp: circumstances.
+        stamp: circumstances. stamp_times: of the times, None where there are none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -76,6 +76,7 @@ class CurveRow(BaseModel):
     speedup_high: float | None
     rounds: int = Field(ge=0)
     stamp: Stamp
+    stamp_times: Stamp | None
 
     @property
     def mean_tokens(self) -> float:

@@ -74,8 +74,9 @@ def build(name: str, images: int) -> tuple[nn.Module, dict[str, Tensor], dict[st
     if name in embedded_models():
         model, processor = load_embedded(name)
         pictures = [torch.randint(0, 256, (224, 224, 3), dtype=torch.uint8).numpy() for _ in range(images)]
-        placeholder = processor.image_token
-        inputs = processor(images=pictures, text=[placeholder * images], return_tensors="pt")
+        content = [{"type": "image"}] * images + [{"type": "text", "text": "what is there?"}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(images=pictures, text=[prompt], return_tensors="pt")
         encoder = {key: inputs.pop(key) for key in ("pixel_values", "image_grid_thw") if key in inputs}
         return model, encoder, dict(inputs)
     model = RANDOM_MODELS[name]().eval()

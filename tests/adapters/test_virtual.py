@@ -23,6 +23,7 @@ from vlmprune.adapters.cache import PrunedDynamicCache
 from vlmprune.core.errors import InputError, UnsupportedError
 from vlmprune.core.sites import Site
 from vlmprune.embedded.random_models import random_vlm
+from vlmprune.embedded.random_models.weights import randomise
 
 
 def text_model(model: nn.Module) -> nn.Module:
@@ -268,6 +269,31 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedError, match="cache was pruned; a dense run"):
         model(input_ids=prompt.ids[:, -1:], past_key_values=cache)
     assert model_state(model) == before
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Qwen3", "Gemma2"])
+def test_decoders_that_no_family_brings(name: str) -> None:
+    """Norms of queries and keys, soft caps, other windows: LLaVA takes any decoder."""
+    config = copy.deepcopy(family_model("llava").config)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    given = {field: getattr(config.text_config, field) for field in (*sizes, "num_key_value_heads", "pad_token_id")}
+    config.text_config = getattr(transformers, f"{name}Config")(**given, head_dim=8, sliding_window=256)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    randomise(model, 0.2)
+    model.set_attn_implementation("eager")
+    prompt = batch("llava", dtype=torch.float32)
+    groups, forced = pick_groups(prompt.widths()), forced_tokens(prompt)
+    with unmerged(model, prompt, groups):
+        expected, expected_steps = rollout(model, prompt, forced)
+    with vlmprune.applied(model, FixedGroups(kept=groups)):
+        got, steps = rollout(model, prompt, forced)
+    there = unique(prompt, groups)
+    assert_close(got[there], expected[there], torch.float32)
+    assert_close(steps, expected_steps, torch.float32)
+    with vlmprune.applied(model, FixedGroups(kept=groups, positions="keep")):
+        _, apart = rollout(model, prompt, forced)
+    assert (apart - expected_steps).abs().max() > 1e-3
 
 
 def test_unknown_attention_is_refused() -> None:

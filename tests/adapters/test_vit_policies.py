@@ -1,4 +1,4 @@
-"""Every policy of the matrix that acts inside a tower runs on image models of timm and open_clip."""
+"""Every policy of the matrix that acts inside a tower runs on image models of timm, open_clip and transformers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from policy_matrix import CASES
 pytest.importorskip("timm")
 pytest.importorskip("open_clip")
 
+from hf_vit_models import answer
 from timm_models import PATCHES, images, timm_model
 from torch import Tensor, nn
 from tower_policies import KeepPatches
@@ -22,6 +23,8 @@ from vlmprune.core.registry import registry
 
 
 def run(model: nn.Module, pictures: Tensor) -> Tensor:
+    if type(model).__module__.startswith("transformers."):
+        return answer(model, pictures)
     return model.encode_image(pictures) if hasattr(model, "encode_image") else model(pictures)
 
 

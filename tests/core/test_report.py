@@ -72,7 +72,7 @@ def test_caches_are_reduced_layer_by_layer() -> None:
     assert [result.kept(0, 1, layer) for layer in range(3)] == [[0], [1], []]
     assert [result.kept(1, 0, layer) for layer in range(3)] == [[1, 2, 3], [0, 3], []]
     assert result.kept(1) == result.kept(1, 0, 2) == []
-    assert result.layers_used == {"test": [1, 0, 1, 2]}
+    assert result.layers_used == {"test": [1, 0, 2]}
 
 
 def test_a_cache_reduced_twice_composes() -> None:

@@ -7,6 +7,7 @@ import pytest
 from result_rows import a_row
 
 from vlmprune.core.errors import InputError
+from vlmprune.embedded import model_path
 from vlmprune.evaluation.model_card import main, render_card, write_card
 from vlmprune.evaluation.schema import ResultsFile, write_results
 
@@ -94,6 +95,28 @@ def test_accuracy_by_resolution_comes_from_the_counts_of_the_check(tmp_path: Pat
     assert "by resolution" not in render_card(tmp_path, results())
     with pytest.raises(InputError, match="neither results nor"):
         render_card(tmp_path, None)
+
+
+def test_a_classifier_has_its_accuracy_from_the_counts_of_its_check(tmp_path: Path) -> None:
+    counts = {"all": {"n": 80, "right": 60}, "harder pictures": {"n": 50, "right": 50}}
+    check = {"seed": 2, "chance": 0.1, "digits": counts, "patches": {"98 random patches": {"n": 40, "right": 20}}}
+    (tmp_path / "check.json").write_text(json.dumps(check))
+    sizes = {"depth": 9, "embed_dim": 96, "num_heads": 3, "mlp_ratio": 2.0}
+    config = {"architecture": "vit_x", "num_classes": 10, "model_args": sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {"input_size": [3, 224, 224]}}))
+    text = render_card(tmp_path, None)
+    assert "| all | 80 | 75.0 (64.5 to 83.2) |" in text and "Chance: 10.0." in text  # Wilson, by hand
+    assert "| 98 random patches | 40 | 50.0 (35.2 to 64.8) |" in text
+    assert "9 blocks of width 96, 3 heads of 32, MLPs of 192" in text and "196 tokens and a class token" in text
+    del check["patches"]
+    (tmp_path / "check.json").write_text(json.dumps(check))
+    with pytest.raises(InputError, match="damaged"):
+        render_card(tmp_path, None)
+
+
+def test_the_card_of_the_shipped_classifier_is_up_to_date() -> None:
+    folder = model_path("tiny-vit")
+    assert (folder / "MODEL_CARD.md").read_text() == render_card(folder, None)
 
 
 def test_the_measurement(tmp_path: Path) -> None:

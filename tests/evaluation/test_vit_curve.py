@@ -65,6 +65,7 @@ def a_curve_row(**changes) -> CurveRow:
         "accuracy_random": (0.5, 0.75), "tokens_attended": (197.0, 100.0), "tokens_passed": (184.0, 90.0),
         "tokens_exit": 90.0, "flops": 6e8, "flops_dense": 8e8, "images_per_s": 130.0, "images_per_s_dense": 100.0,
         "speedup": 1.31, "speedup_low": 1.2, "speedup_high": 1.4, "rounds": 9, "stamp": a_stamp(),
+        "stamp_times": None,
     }  # fmt: skip
     return CurveRow(**(values | changes))
 
@@ -158,10 +159,17 @@ def test_the_curve_measures_pairs_and_goes_on_where_it_stopped(tmp_path, monkeyp
     before = paths[1].read_text()
     assert measure_curve(plan, tmp_path, SMALL) == paths
     assert len(stub.calls) == 6 and paths[1].read_text() == before
-    assert read_row(paths[2]).right == own.right
+    former = read_row(paths[2])
+    assert former.right == own.right
+    again = Settings(pictures=12, cost_pictures=2, batch=5, rounds=3, random_seeds=2)
+    timed = [read_row(path) for path in measure_curve(plan, tmp_path, again)]
+    assert len(stub.calls) == 7 and [row.rounds for row in timed] == [3] * 3
+    assert (timed[2].right, timed[2].stamp, timed[2].flops) == (former.right, former.stamp, former.flops)
+    assert timed[2].stamp_times is not None and timed[2].speedup != former.speedup
     fewer = Settings(pictures=11, cost_pictures=2, batch=5, rounds=0, random_seeds=0)
     rows = [read_row(path) for path in measure_curve(plan, tmp_path, fewer)]
-    assert [row.n for row in rows] == [11] * 3 and rows[2].speedup is None and rows[2].diff_random is None
+    assert [(row.n, row.rounds, row.stamp_times) for row in rows] == [(11, 0, None)] * 3
+    assert rows[2].speedup is None and rows[2].diff_random is None
 
 
 def test_the_plan_is_checked_before_anything_runs(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Small image models of transformers with random weights, and their blocks and heads for ToMe's written-out definition."""
+"""Small image models of transformers with random weights; their blocks and heads for ToMe's written-out definition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ SIZES: Mapping[str, Any] = MappingProxyType(
 TEXT: Mapping[str, Any] = MappingProxyType(
     {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50,
-        "max_position_embeddings": 8, "projection_size": WIDTH,
+        "max_position_embeddings": 8, "projection_size": WIDTH, "bos_token_id": 0,
+        "eos_token_id": 2,
     }
 )  # fmt: skip
 # Class -> its config's class and further settings.
@@ -101,11 +102,8 @@ def embedded(model: nn.Module, run: Callable[[], Any]) -> Tensor:
 
 def prefix_of(model: nn.Module) -> int:
     """Tokens before the patches."""
-    name = type(model).__name__
-    if name.startswith("Siglip"):
-        return 0
-    return {"DeiT": 2, "Dinov2With": 4, "DINOv3": 3}.get(next(k for k in (
-        "DeiT", "Dinov2With", "DINOv3", name) if name.startswith(k)), 1)  # fmt: skip
+    starts = {"Siglip": 0, "DeiT": 2, "Dinov2With": 4, "DINOv3": 3}
+    return next((number for start, number in starts.items() if type(model).__name__.startswith(start)), 1)
 
 
 def hf_blocks(model: nn.Module, pictures: Tensor) -> list[Block]:

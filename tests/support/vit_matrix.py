@@ -10,6 +10,7 @@ from functools import partial
 from types import MappingProxyType
 
 from clip_models import clip_model, timm_clip
+from hf_vit_models import hf_model
 from policy_matrix import MATRIX
 from support_matrix import markdown, refusal
 from timm_models import timm_model
@@ -25,6 +26,11 @@ NAMES: Mapping[str, Callable[[], nn.Module]] = MappingProxyType(
         "timm `Eva`": partial(timm_model, "eva"),
         "open_clip `CLIP`": clip_model,
         "open_clip with a timm tower": timm_clip,
+        "transformers `CLIPModel`": partial(hf_model, "CLIPModel"),
+        "transformers `SiglipModel`": partial(hf_model, "SiglipModel"),
+        "transformers `ViTForImageClassification`": partial(hf_model, "ViTForImageClassification"),
+        "transformers `Dinov2ForImageClassification`": partial(hf_model, "Dinov2ForImageClassification"),
+        "transformers `DINOv3ViTModel`": partial(hf_model, "DINOv3ViTModel"),
     }
 )
 
