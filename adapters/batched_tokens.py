@@ -45,6 +45,10 @@ class BatchedTokens(TowerTokens):
         self._bias: dict[bool, Tensor | None] = {}
         self._wide = torch.float32
 
+    @property
+    def computed(self) -> tuple[int, ...]:
+        return (self.map.width,) * len(self.entered)
+
     def items(self, states: Tensor) -> Tensor:
         if self._units is None:
             return states

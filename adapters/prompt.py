@@ -15,10 +15,8 @@ from vlmprune.adapters.newlines import NewlineTokens
 from vlmprune.adapters.sites import Step, run_step, site_signals
 from vlmprune.adapters.source import SignalSource
 from vlmprune.adapters.tokens import LayerTokens, pack
-from vlmprune.adapters.tower_groups import TowerGroups
 from vlmprune.adapters.tower_lineage import lineage, tower_record
 from vlmprune.core.context import Context
-from vlmprune.core.flops import tower_flops
 from vlmprune.core.info import ModelInfo
 from vlmprune.core.selection import Selection
 from vlmprune.core.sites import Positions, Site
@@ -121,23 +119,11 @@ def _take_tower(tokens: _ImageTokens, call: Prefill, info: ModelInfo, source: Si
         selection = tokens.newlines.keep_rows(selection)
     report = call.report
     report.take_tower(tower.records, tower.attended, tower.passed)
-    report.tower_flops, report.tower_flops_dense = _tower_flops(tower, info)
+    report.tower_flops, report.tower_flops_dense = tower.flops(info)
     report.sites.append(tower_record(tower.records, selection, call.layout.samples, tokens.lengths, tower.positions))
     if share is not None:
         tokens.make_up(share)
     tokens.take(selection, tower.positions, tokens.carried(), equal=True)
-
-
-def _tower_flops(tower: TowerGroups, info: ModelInfo) -> tuple[float | None, float | None]:
-    """FLOPs of the tower over all views, reduced and dense; None where an item is no view."""
-    if any(outcome.tokens.item_views != tuple(range(len(outcome.tokens.entered))) for outcome in tower.outcomes):
-        return None, None
-    dense = (tower.entered,) * len(tower.attended)
-    patches = [
-        [info.prefix_tokens + info.merge_unit * (n - info.prefix_tokens) for n in tokens]
-        for tokens in (tower.attended, tower.passed, dense)
-    ]
-    return tower_flops(info, *patches[:2], tower.items), tower_flops(info, patches[2], patches[2], tower.items)
 
 
 def _run(step: Step, tokens: _ImageTokens, call: Prefill, info: ModelInfo, source: SignalSource) -> None:

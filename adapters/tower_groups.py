@@ -11,6 +11,7 @@ from vlmprune.adapters.encoded import Encoding
 from vlmprune.adapters.layout import Kind
 from vlmprune.adapters.tower_lineage import TowerOutcome
 from vlmprune.core.errors import SignalError
+from vlmprune.core.info import ModelInfo
 from vlmprune.core.records import SiteRecord
 from vlmprune.core.sites import Positions
 
@@ -52,16 +53,21 @@ class TowerGroups:
         """Mean tokens per item in every block's MLP."""
         return self._mean([outcome.passed for outcome in self.outcomes])
 
-    @property
-    def entered(self) -> float:
-        """Mean tokens per item as they entered the tower."""
-        return sum(sum(outcome.tokens.entered) for outcome in self.outcomes) / max(1, self.items)
+    def flops(self, info: ModelInfo) -> tuple[float | None, float | None]:
+        """FLOPs of all runs, reduced and dense; None where those of one are not known."""
+        reduced, dense = zip(*(outcome.flops(info) for outcome in self.outcomes), strict=True)
+        return _sum(reduced), _sum(dense)
 
     def _mean(self, runs: Sequence[Sequence[float]]) -> tuple[float, ...]:
         """Per block the mean over the items of all runs."""
         sizes = [len(outcome.tokens.entered) for outcome in self.outcomes]
         blocks = zip(*runs, strict=True)
         return tuple(sum(n * mean for n, mean in zip(sizes, means, strict=True)) / self.items for means in blocks)
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def tower_groups(runs: Mapping[Kind, Encoding | None], ordered: Callable[[dict[Kind, Tensor]], Tensor]) -> TowerGroups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.adapters.tower_tokens import TowerTokens
+from vlmprune.core.flops import tower_flops
+from vlmprune.core.info import ModelInfo
 from vlmprune.core.records import SiteRecord
 from vlmprune.core.selection import Selection
 from vlmprune.core.sites import Positions, Site
@@ -20,6 +23,19 @@ HALF = 0.5 + 1e-6
 """Share of a token that may be dropped, rounding included."""
 
 
+@dataclass(frozen=True)
+class BlockLoad:
+    """Tokens of each item that a block's attention or MLP works on; ``computed`` with padding."""
+
+    lengths: tuple[int, ...]
+    computed: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean tokens per item."""
+        return sum(self.lengths) / max(1, len(self.lengths))
+
+
 @dataclass(frozen=True, eq=False)
 class TowerOutcome:
     """What one run of a tower did to its tokens.
@@ -27,15 +43,48 @@ class TowerOutcome:
     Attributes:
         tokens: as they left the last block that matters.
         records: the selections, items as in the tower.
-        attended, passed: mean tokens per item in every block's attention and MLP.
+        attended_loads, passed_loads: what every block's attention and MLP worked on.
         positions: how the LLM numbers what is left.
     """
 
     tokens: TowerTokens
     records: tuple[SiteRecord, ...]
-    attended: tuple[float, ...]
-    passed: tuple[float, ...]
+    attended_loads: tuple[BlockLoad, ...]
+    passed_loads: tuple[BlockLoad, ...]
     positions: Positions
+
+    @property
+    def attended(self) -> tuple[float, ...]:
+        """Mean tokens per item in every block's attention."""
+        return tuple(load.mean for load in self.attended_loads)
+
+    @property
+    def passed(self) -> tuple[float, ...]:
+        """Mean tokens per item in every block's MLP."""
+        return tuple(load.mean for load in self.passed_loads)
+
+    def flops(self, info: ModelInfo) -> tuple[float | None, float | None]:
+        """FLOPs of the blocks, reduced and dense, by :func:`vlmprune.core.flops.tower_flops`; None where the sizes are
+        not known or items are windows, smaller than what some blocks attend to."""
+        entered = self.tokens.entered
+        if self.tokens.item_views != tuple(range(len(entered))):
+            return None, None
+        each = zip(*(load.computed for load in (*self.attended_loads, *self.passed_loads)), strict=True)
+        depth = len(self.attended_loads)
+        dense = Counter((n,) * 2 * depth for n in entered)
+        return self._flops(info, Counter(each), depth), self._flops(info, dense, depth)
+
+    def _flops(self, info: ModelInfo, items: Counter[tuple[int, ...]], depth: int) -> float | None:
+        """FLOPs of items, told by the tokens in each block's attention and then in each block's MLP."""
+        prefix, unit = self.tokens.prefix, info.merge_unit
+        total = 0.0
+        for tokens, count in items.items():
+            patches = [prefix + unit * (n - prefix) for n in tokens]
+            found = tower_flops(info, patches[:depth], patches[depth:], count)
+            if found is None:
+                return None
+            total += found
+        return total
 
 
 def lineage(

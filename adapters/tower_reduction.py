@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlmprune.adapters.family import transformers_major
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.sites import Step, run_step
-from vlmprune.adapters.tower_lineage import TowerOutcome
+from vlmprune.adapters.tower_lineage import BlockLoad, TowerOutcome
 from vlmprune.adapters.tower_tokens import BlockAttention, TowerTokens
 from vlmprune.adapters.vision_blocks import BlockParts
 from vlmprune.core import signals as s
@@ -53,7 +53,7 @@ class TowerReducer:
     Attributes:
         tokens: those of the current run, None outside.
         records: the selections of the last run; items are those of the tower.
-        attended_lengths, passed_lengths: of the last run, mean tokens per item in each block's attention and MLP.
+        attended_loads, passed_loads: of the last run, what each block's attention and MLP worked on.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class TowerReducer:
         self._below = transformers_major() < 5
         self.tokens: TowerTokens | None = None
         self.records: list[SiteRecord] = []
-        self.attended_lengths: list[float] = []
-        self.passed_lengths: list[float] = []
+        self.attended_loads: list[BlockLoad] = []
+        self.passed_loads: list[BlockLoad] = []
 
     def install(self, hooks: HookStack) -> None:
         """Hook the blocks from the first one at which something happens."""
@@ -102,8 +102,8 @@ class TowerReducer:
         self._contents = tuple(contents)
         self._left = {}
         self.records = []
-        depth = len(self._parts)
-        self.attended_lengths, self.passed_lengths = [_mean(tokens.entered)] * depth, [_mean(tokens.entered)] * depth
+        load = BlockLoad(tokens.entered, tokens.entered)
+        self.attended_loads, self.passed_loads = [load] * len(self._parts), [load] * len(self._parts)
 
     def end(self) -> None:
         """The run is over, or failed."""
@@ -119,8 +119,8 @@ class TowerReducer:
         return TowerOutcome(
             tokens=self.tokens,
             records=tuple(self.records),
-            attended=tuple(self.attended_lengths),
-            passed=tuple(self.passed_lengths),
+            attended_loads=tuple(self.attended_loads),
+            passed_loads=tuple(self.passed_loads),
             positions=self.steps[0].request.positions,
         )
 
@@ -148,8 +148,8 @@ class TowerReducer:
             return None
         if block == 0:
             self._left[-1] = copy.copy(tokens), states
-        self.attended_lengths[block:] = [_mean(tokens.map.lengths)] * (len(self._parts) - block)
-        self.passed_lengths[block:] = self.attended_lengths[block:]
+        self.attended_loads[block:] = [BlockLoad(tokens.map.lengths, tokens.computed)] * (len(self._parts) - block)
+        self.passed_loads[block:] = self.attended_loads[block:]
         changed = tokens.block_arguments(kwargs)
         return ((states, *args[1:]), changed) if args else (args, {**changed, "hidden_states": states})
 
@@ -163,7 +163,7 @@ class TowerReducer:
         for step in self._middle[block]:
             states = self._reduce(step, states, tokens)
         self._pending[block] = states
-        self.passed_lengths[block:] = [_mean(tokens.map.lengths)] * (len(self._parts) - block)
+        self.passed_loads[block:] = [BlockLoad(tokens.map.lengths, tokens.computed)] * (len(self._parts) - block)
         return (states, *args[1:]), kwargs
 
     def _catch(
@@ -253,7 +253,3 @@ class TowerReducer:
             else:
                 found[signal] = tokens.items(attention.keys())
         return found
-
-
-def _mean(lengths: Sequence[int]) -> float:
-    return sum(lengths) / max(1, len(lengths))

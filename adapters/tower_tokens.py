@@ -129,6 +129,11 @@ class TowerTokens(ABC):
         """View of every item; by default an item is a view."""
         return tuple(range(len(self.entered)))
 
+    @property
+    def computed(self) -> tuple[int, ...]:
+        """Tokens of each item that the blocks work on, padding included."""
+        return self.map.lengths
+
     @abstractmethod
     def items(self, states: Tensor) -> Tensor:
         """Tokens ``[I, N, D]`` of the tower's states."""

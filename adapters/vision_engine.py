@@ -243,7 +243,7 @@ class VisionEngine:
         done = reducer.outcome()
         self.tower_sites = done.records
         report.take_tower(done.records, done.attended, done.passed)
-        report.tower_flops = tower_flops(self.info, done.attended, done.passed, images)
+        report.tower_flops, report.tower_flops_dense = done.flops(self.info)
         groups = tokens.groups()
         if groups is not None:
             report.sites.append(self._site(done.records, groups, images))

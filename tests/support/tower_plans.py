@@ -64,13 +64,17 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Planned(Policy):
-    """Makes the steps of a plan, with sizes as the weights of merged features."""
+    """Makes the steps of a plan, with sizes as the weights of merged features.
+
+    ``order`` says which view of the plan each view of a longer run is, whose images come several times.
+    """
 
     meta = PolicyMeta(title="planned reductions inside the tower, for tests")
     name = "planned"
 
     steps: tuple[PlannedStep, ...] = ()
     signals: tuple[Signal, ...] = ()
+    order: tuple[int, ...] = ()
     tape: Tape = field(default_factory=Tape, compare=False)
     keep: Any = 0.5
 
@@ -96,7 +100,8 @@ class Planned(Policy):
             fixed = set(range(context.prefix))
             if context.pinned is not None:
                 fixed |= set(context.pinned[view].nonzero()[:, 0].tolist())
-            groups.append(step.groups(view, tokens, frozenset(fixed)))
+            number = self.order[view] if context.n_items == len(self.order) else view
+            groups.append(step.groups(number, tokens, frozenset(fixed)))
         return selection(context, groups, step.kind)
 
 

@@ -13,7 +13,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from eager_reference import CLS, blocks_of, find, projector_of, tower_of
+from eager_reference import CLS, blocks_of, encoder_views, find, projector_of, tower_of
 from family_prompts import FamilyPrompt, prefill
 from short_reference import text_model
 from torch import Tensor, nn
@@ -146,6 +146,7 @@ class TowerReference:
         siglip = model.config.vision_config.model_type == "siglip_vision_model"
         self.first = int(prompt.family in CLS and not siglip)
         self.merge = merge
+        self.image_views = [encoder_views(part) for row in prompt.rows for part in row.parts]
         entering: list[Tensor] = []
         masks: list[Tensor | None] = []
         hooks = [
@@ -161,6 +162,15 @@ class TowerReference:
             hook.remove()
         with torch.no_grad():
             self.runs = [self._run(states, mask) for states, mask in zip(entering, masks, strict=True)]
+
+    def repeated(self, views: int, own: int) -> Tensor:
+        """``[views]`` view of the reference behind each of a run in which every image comes several times in a row."""
+        if views == own:
+            return torch.arange(own)
+        starts = [sum(self.image_views[:i]) for i in range(len(self.image_views))]
+        images = [list(range(start, start + n)) for start, n in zip(starts, self.image_views, strict=True)]
+        assert sum(map(len, images)) == own and views % own == 0
+        return torch.tensor([view for image in images for view in image * (views // own)])
 
     def _run(self, states: Tensor, mask: Tensor | None) -> TowerRun:
         count = states.shape[1] - self.first
@@ -252,18 +262,22 @@ def tower_replaced(model: nn.Module, reference: TowerReference, share: Tensor | 
         share: ``[B, L]`` what embeddings are divided by, None for nothing.
     """
     runs = cycle(reference.runs)
-    current: list[TowerRun] = []
+    current: list[Any] = []
 
     def stand_in(module: nn.Module, args: Any, output: Any) -> Any:
-        current[:] = [next(runs)]
-        output["last_hidden_state"] = current[0].last
+        run = next(runs)
+        index = reference.repeated(len(output["last_hidden_state"]), len(run.views))
+        current[:] = [run, index]
+        output["last_hidden_state"] = run.last[index]
         if output.get("hidden_states") is not None:
-            behind = [None if s is None else current[0].hidden[i] for i, s in enumerate(output["hidden_states"][1:])]
-            output["hidden_states"] = (output["hidden_states"][0], *behind)
+            noted = output["hidden_states"]
+            behind = [None if s is None else run.hidden[i][index] for i, s in enumerate(noted[1:])]
+            output["hidden_states"] = (noted[0], *behind)
         return output
 
     def project(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        dropped = torch.tensor(current[0].groups[-1]) < 0
+        run, index = current
+        dropped = torch.tensor(run.groups[-1])[index] < 0
         return output.masked_fill(dropped[..., None], 0.0) if dropped.shape == output.shape[:2] else None
 
     def divide(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
