@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import vlmprune
+from vlmprune.core import config
 from vlmprune.core.flops import tower_flops
 from vlmprune.embedded import embedded_models, load_embedded
 from vlmprune.evaluation.bench.bench_kcenter import device_name, quantiles
@@ -35,6 +36,8 @@ COLUMNS = (
     "transformers", "date",
 )  # fmt: skip
 POLICIES = ("tome", "hiprune")
+REST = 0.44
+"""Share that later policies keep of what the tower leaves."""
 
 _log = logging.getLogger("vlmprune")
 
@@ -98,15 +101,17 @@ def build(name: str, images: int) -> tuple[nn.Module, dict[str, Tensor], dict[st
 
 
 @torch.inference_mode()
-def measure(name: str, policies: Sequence[str], keep: float, images: int, repeats: int) -> dict[str, object]:
-    """One row of the CSV file."""
+def measure(
+    name: str, policies: Sequence[str], keep: float, images: int, repeats: int, r: Sequence[int] | None = None
+) -> dict[str, object]:
+    """One row of the CSV file; ``r`` (tokens merged per block) stands in place of ``keep``."""
     torch.manual_seed(0)
     model, encoder, rest = build(name, images)
     base = model.model
-    chosen: Any = list(policies) if len(policies) > 1 else policies[0]
-    budget = [keep, 0.44] if len(policies) > 1 else keep
+    first = config.build(policies[0], {"keep": keep} if r is None else {"r": tuple(r)})
+    chosen = [first, *(config.build(name, {"keep": REST}) for name in policies[1:])]
     times: dict[bool, list[float]] = {True: [], False: []}
-    with vlmprune.applied(model, chosen, keep=budget) as handle:
+    with vlmprune.applied(model, chosen) as handle:
         model(**encoder, **rest)  # warms up, and says what is left
         report = handle.last
         assert report is not None
@@ -126,7 +131,7 @@ def measure(name: str, policies: Sequence[str], keep: float, images: int, repeat
     return {
         "model": name,
         "policy": "+".join(policies),
-        "keep": keep,
+        "keep": keep if r is None else f"r={','.join(map(str, r))}",
         "images": images,
         "tokens": sum(record.lengths),
         "tokens_left": sum(record.tokens_out),
@@ -170,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", nargs="+", default=["tiny-llava", "tiny-qwen"])
     parser.add_argument("--policy", nargs="+", default=list(POLICIES), help="composed in this order")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="share that leaves the tower")
+    parser.add_argument("--r", type=int, nargs="+", default=None, help="tokens merged per block, instead of --keep")
     parser.add_argument("--images", type=int, nargs="+", default=[4])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=None)
@@ -181,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.model:
         for keep in options.keep:
             for images in options.images:
-                row = measure(name, options.policy, keep, images, options.repeats)
+                row = measure(name, options.policy, keep, images, options.repeats, options.r)
                 append(options.out, row)
                 _log.info("%s", " ".join(f"{column}={row[column]}" for column in COLUMNS[:12]))
 
