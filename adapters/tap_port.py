@@ -66,6 +66,8 @@ class TapPort(AttentionPort):
             reducer.attended(block, TappedAttention(query.detach(), key.detach(), scale))
         bias = reducer.key_bias()
         if bias is None:
+            if reducer.tokens is not None and reducer.tokens.changed:
+                mask = None  # the model's own is over all tokens; padding would have given a bias
             return attend(module, query, key, value, mask, scaling=scaling, **kwargs)
         hidden = None if reducer.tokens is None else reducer.tokens.hidden_keys()
         given = (module, query, key, value, bias)
