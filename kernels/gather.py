@@ -40,7 +40,7 @@ def gather_tokens(x: Tensor, index: Tensor, fill: float = 0) -> Tensor:
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """:func:`gather_tokens` without empty slots or checks; always a copy."""
     place = index + x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]
-    rows = x.reshape(-1, *x.shape[2:]).index_select(0, place.flatten())
+    rows = x.flatten(0, 1).index_select(0, place.flatten())
     return rows.reshape(*index.shape, *x.shape[2:])
 
 

@@ -21,7 +21,7 @@ def test_one_budget_on_a_few_questions(tmp_path: Path, monkeypatch: pytest.Monke
     results = read_results(path)
     policies = {row.policy for row in results.rows}
     composed = {"+".join(names) for names in compare.COMPOSED}
-    assert policies == {"dense", *vlmprune.available(), *composed} - {"dymu"}  # dymu only where it was calibrated
+    assert policies == {"dense", *vlmprune.available(), *composed}
     [searched] = results.select(policy="vflowopt", family="all")
     assert searched.params["artefact"].endswith("tiny-llava-vflowopt-0.11.json")
     assert not results.failed and all(row.prefill_ms is None for row in results.rows)
