@@ -87,6 +87,12 @@ def test_images_side_by_side(name: str) -> None:
     check(name, tower_batch(name, (3, 1), between=0), (PlannedStep(feature_block(name), ragged=True),))
 
 
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_views_without_padding(name: str) -> None:
+    """transformers 4 makes a mask over all patches all the same."""
+    check(name, tower_batch(name, sizes=((24, 48), (24, 24))), PLANS["prune"])
+
+
 @pytest.mark.parametrize("name", TOWERS)
 def test_compact_positions(name: str) -> None:
     """What is left is numbered as if nothing else had been there: the decoder on the shortened embeddings."""

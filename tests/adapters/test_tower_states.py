@@ -225,6 +225,7 @@ def features(model: nn.Module, prompt: FamilyPrompt) -> Tensor:
     return outputs[0]
 
 
+@pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 looks for this tower under a name that it does not have")
 def test_features_of_an_earlier_block_of_internvl() -> None:
     """Read from the noted hidden states, not from the last one."""
     model, prompt = random_vlm("internvl", dtype=torch.float64), tower_batch("internvl")
