@@ -72,6 +72,7 @@ class TowerReducer:
         self._attention: dict[int, BlockAttention] = {}
         self._pending: dict[int, Tensor] = {}
         self._contents: tuple[str, ...] = ()
+        self._carried: dict[str, Tensor] = {}
         self._left: dict[int, tuple[TowerTokens, Tensor | None]] = {}  # -1: what enters the first block
         self._below = transformers_major() < 5
         self.tokens: TowerTokens | None = None
@@ -100,6 +101,7 @@ class TowerReducer:
         """
         self.tokens = tokens
         self._contents = tuple(contents)
+        self._carried = {}
         self._left = {}
         self.records = []
         load = BlockLoad(tokens.entered, tokens.entered)
@@ -109,6 +111,7 @@ class TowerReducer:
         """The run is over, or failed."""
         self.tokens = None
         self._contents = ()
+        self._carried = {}
         self._left = {}
         self._attention.clear()
         self._pending.clear()
@@ -208,6 +211,8 @@ class TowerReducer:
         selection = run_step(step, self._context(step, states, tokens), self.records)
         if selection.group_id is not None:
             tokens.size_bias = step.request.size_bias
+        carried = {**self._carried, **selection.carry}
+        self._carried = {name: selection.apply(values) for name, values in carried.items()}
         return tokens.reduce(states, selection)
 
     def _context(self, step: Step, states: Tensor, tokens: TowerTokens) -> Context:
@@ -222,6 +227,7 @@ class TowerReducer:
             signals=self._signals(step, tokens),
             sample=tuple(range(len(tokens.entered))),
             sizes=tokens.map.sizes,
+            carry=dict(self._carried),
             seeds=self._seeds(step, tokens),
             prefix=tokens.prefix,
             entered=tokens.entered,

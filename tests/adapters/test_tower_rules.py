@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -147,11 +147,12 @@ def test_images_encoded_before_the_policy_are_refused() -> None:
     given = {"input_ids": prompt.ids, "attention_mask": prompt.real.long()}
     with torch.no_grad():
         early = model.model.get_image_features(pixel_values=prompt.pixels)
-        with (
-            vlmprune.applied(model, Planned(steps=PLANS["merge"])),
-            pytest.raises(SignalError, match="encoded before the policy was applied.*Apply first, then encode"),
-        ):
-            model(**given, mm_encoder_outputs={"image": early})
+        with vlmprune.applied(model, Planned(steps=PLANS["merge"])):
+            with pytest.raises(SignalError, match="encoded before the policy was applied.*Apply first, then encode"):
+                model(**given, mm_encoder_outputs={"image": early})
+            expected = model(**prompt.inputs).logits
+            late = model.model.get_image_features(pixel_values=prompt.pixels)
+            assert torch.equal(model(**given, mm_encoder_outputs={"image": late}).logits, expected)
 
 
 def test_a_warning_where_nothing_is_reduced() -> None:
@@ -217,6 +218,31 @@ def test_images_and_videos_in_one_report() -> None:
     out = [*images.tokens_out, *videos.tokens_out]
     assert handle.last.tower_attended == (9.0, 9.0, *[pytest.approx(sum(out) / len(out))] * 2)
     assert images.tokens_in + videos.tokens_in == (9,) * len(out)
+
+
+@dataclass(frozen=True)
+class Numbering(Planned):
+    """Hands on the number that each token had in the first block, where it stands."""
+
+    def select_vision_block(self, context: Context) -> Selection:
+        chosen = super().select_vision_block(context)
+        if context.carry:
+            return chosen
+        return replace(chosen, carry={"number": torch.arange(context.width).expand_as(context.valid).double()})
+
+
+@pytest.mark.parametrize("kind", ["prune", "merge"])
+def test_carried_values_follow_the_tokens(kind: Any) -> None:
+    policy = Numbering(steps=(PlannedStep(0, kind=kind, ragged=True), PlannedStep(2, "before")))
+    with vlmprune.applied(tower_model("internvl"), policy):
+        prefill(tower_model("internvl"), tower_batch("internvl"))
+    first, second = policy.tape.contexts
+    assert not first.carry
+    for view, n in enumerate(first.lengths):
+        groups = policy.steps[0].groups(view, n, frozenset([0]))
+        members = [[token for token, group in enumerate(groups) if group == place] for place in range(max(groups) + 1)]
+        got = second.carry["number"][view, : second.lengths[view]].tolist()
+        assert got == pytest.approx([sum(group) / len(group) for group in members])
 
 
 def test_nothing_happens_outside_the_encoder() -> None:

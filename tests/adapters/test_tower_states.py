@@ -16,11 +16,12 @@ from imitated_flash import flash_imitated
 from model_state import model_state
 from torch import Tensor, nn
 from tower_plans import Planned, PlannedStep
-from tower_reference import TowerReference
+from tower_reference import TowerReference, tower_replaced
 from tower_runs import MERGE, PLANS, TOWERS, feature_block, reference_of, tower_batch, tower_model
 
 import vlmprune
 from vlmprune.adapters.tower_tokens import with_key_bias
+from vlmprune.embedded.random_models import random_vlm
 from vlmprune.embedded.random_models import tokens as t
 
 KEEP = (PlannedStep(0, kind="keep"), PlannedStep(1, "before", "own"), PlannedStep(2, "middle", "own"))
@@ -222,6 +223,43 @@ def features(model: nn.Module, prompt: FamilyPrompt) -> Tensor:
     prefill(model, prompt)
     hook.remove()
     return outputs[0]
+
+
+def test_features_of_an_earlier_block_of_internvl() -> None:
+    """Read from the noted hidden states, not from the last one."""
+    model, prompt = random_vlm("internvl", dtype=torch.float64), tower_batch("internvl")
+    model.config.vision_feature_layer = -2
+    reference = TowerReference(model, prompt, PLANS["ragged"], merge=2)
+    with tower_replaced(model, reference):
+        expected = features(model, prompt)
+    with vlmprune.applied(model, Planned(steps=PLANS["ragged"])) as handle:
+        assert_close(features(model, prompt), expected)
+        assert handle.info.feature_block == 2
+    assert (features(model, prompt) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl", "idefics3"])
+def test_gradients_flow_through_a_reduced_tower(name: str) -> None:
+    """The derivative along a random direction of all weights of the tower, by differences."""
+    model, prompt = copy.deepcopy(tower_model(name)), tower_batch(name, (1, 1))
+    weights = list(tower_of(model).parameters())
+    generator = torch.Generator().manual_seed(2)
+    direction = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in weights]
+    projector, outputs = find(model.model, "multi_modal_projector", "connector"), []
+    projector.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with vlmprune.applied(model, Planned(steps=PLANS["ragged"])):
+        model(**prompt.inputs)
+        grads = torch.autograd.grad(outputs.pop().square().sum(), weights, allow_unused=True)
+        found = sum((g * d).sum() for g, d in zip(grads, direction, strict=True) if g is not None)
+        sides = []
+        with torch.no_grad():
+            for step in (1e-6, -2e-6):
+                for weight, change in zip(weights, direction, strict=True):
+                    weight += step * change
+                model(**prompt.inputs)
+                sides.append(outputs.pop().square().sum())
+    assert torch.isclose(found, (sides[0] - sides[1]) / 2e-6, rtol=1e-5)
+    assert found.abs() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -74,7 +74,17 @@ def policy_table() -> str:
 
 def family_table() -> str:
     """Families and what is tested on each, as Markdown."""
-    header = ["family", "class in transformers", "attention", "batch > 1", "images per prompt", "tiles", "video", "CLS"]
+    header = [
+        "family",
+        "class in transformers",
+        "attention",
+        "batch > 1",
+        "images per prompt",
+        "tiles",
+        "video",
+        "CLS",
+        "tower",
+    ]
     lines = [header, ["---", "---", *[":-:"] * (len(header) - 2)]]
     for family, title in NAMES.items():
         info = family_info(family)
@@ -88,6 +98,7 @@ def family_table() -> str:
                 _yes(family in TILED),
                 _yes(family in VIDEO),
                 _yes(info.has_cls),
+                "patches" if info.merge_unit == 1 else f"units of {info.merge_unit}",
             ]
         )
     return markdown(lines)

@@ -48,7 +48,7 @@ class Context:
         sizes: ``[I, N]`` tokens that entered the tower and that each token stands for, None while all are 1.
         prefix: tokens at the front of every item that must stay there as they are (``vision_block``).
         entered: tokens of each item as it entered the tower, prefix included (``vision_block``).
-        carry: per-token values kept by earlier selections of this forward.
+        carry: per-token values kept by earlier selections of this forward; those of the tower end with it.
         seeds: per item, only for policies that draw.
         encoder_items: item of each encoder view, in LLM order (``post_encoder``; see :mod:`vlmprune.core.signals`).
         patch_valid: ``[V, P]`` bool, False for the padding of views with fewer patches; None where there is none.
