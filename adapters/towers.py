@@ -68,9 +68,9 @@ class TowerRun(ABC):
         valid = self.patch_valid
         return values if valid is None else values * valid.view(*valid.shape, *[1] * (values.ndim - 2))
 
+    @abstractmethod
     def tokens(self) -> TowerTokens:
         """The tower's tokens at the start of the run, for policies that reduce them."""
-        raise NotImplementedError(f"{type(self).__name__} does not reduce tokens.")
 
     @abstractmethod
     def attention(self, signal: s.Signal, calls: list[AttentionCall]) -> Any:

@@ -11,7 +11,6 @@ machine in the last minute: above the number of cores, CPU times say little.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import itertools
 import logging
@@ -25,6 +24,7 @@ from types import MappingProxyType
 
 import torch
 
+from vlmprune.evaluation.bench.rows import append_row
 from vlmprune.kernels.backend import Backend, triton_installed
 from vlmprune.kernels.kcenter import greedy_select
 from vlmprune.kernels.kcenter.types import Route
@@ -122,17 +122,6 @@ def triton_version() -> str:
     return triton.__version__
 
 
-def append(path: Path, row: dict[str, object]) -> None:
-    """Add a row to the CSV file, with a header if the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--n", type=int, nargs="+", default=[576], help="tokens per sample")
@@ -152,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for dtype, n, d, k, batch in sizes:
         for provider in options.provider or usable:
             row = measure(provider, n, d, k, batch, getattr(torch, dtype), device, options.repeats)
-            append(options.out, row)
+            append_row(options.out, row, COLUMNS)
             _log.info("%s", " ".join(f"{name}={row[name]}" for name in COLUMNS[1:10]))
 
 

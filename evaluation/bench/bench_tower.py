@@ -11,7 +11,6 @@ in the times only. Column ``load`` is the load average of the machine in the las
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import logging
 import os
@@ -28,6 +27,7 @@ from vlmprune.core import config
 from vlmprune.core.flops import tower_flops
 from vlmprune.embedded import embedded_models, load_embedded
 from vlmprune.evaluation.bench.bench_kcenter import device_name, quantiles
+from vlmprune.evaluation.bench.rows import append_row
 
 RESULTS = Path(__file__).parent / "results" / "tower.csv"
 COLUMNS = (
@@ -158,17 +158,6 @@ def _time(base: nn.Module, encoder: dict[str, Tensor]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def append(path: Path, row: dict[str, object]) -> None:
-    """Add a row to the CSV file, with a header if the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -188,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for keep in options.keep:
             for images in options.images:
                 row = measure(name, options.policy, keep, images, options.repeats, options.r)
-                append(options.out, row)
+                append_row(options.out, row, COLUMNS)
                 _log.info("%s", " ".join(f"{column}={row[column]}" for column in COLUMNS[:12]))
 
 

@@ -10,7 +10,6 @@ fused attention, ``ours`` the same model under ``vlmprune.apply(model, "tome", r
 from __future__ import annotations
 
 import copy
-import csv
 import datetime
 import importlib
 import os
@@ -28,6 +27,7 @@ import vlmprune
 from vlmprune._version import __version__
 from vlmprune.core.errors import InputError
 from vlmprune.evaluation.bench.bench_kcenter import device_name, quantiles
+from vlmprune.evaluation.bench.rows import append_row
 from vlmprune.evaluation.bench.textbook_tome import TextbookToMe
 
 DEFAULT_R: Mapping[str, int] = MappingProxyType(
@@ -85,7 +85,7 @@ def run(
         for name, model, merged in builds:
             row = measure(name, model, merged, batch, repeats, dtype, torch.device(device))
             if output is not None:
-                append(output, row)
+                append_row(output, row, COLUMNS)
             yield row
 
 
@@ -236,16 +236,6 @@ def check_output(path: Path) -> None:
         raise InputError(f"Folder {str(path.parent)!r} does not exist.")
     if path.is_file() and path.read_text().partition("\n")[0] != ",".join(COLUMNS):
         raise InputError(f"{str(path)!r} holds other columns; give a new file.")
-
-
-def append(path: Path, row: Mapping[str, object]) -> None:
-    """Add a row to the CSV file, with a header if the file is new."""
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 @contextmanager
