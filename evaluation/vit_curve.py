@@ -28,7 +28,7 @@ from vlmprune.api import applied
 from vlmprune.core.errors import InputError
 from vlmprune.core.registry import registry, suggest
 from vlmprune.embedded import digit_picture, load_embedded
-from vlmprune.evaluation.compare import RESULTS
+from vlmprune.evaluation.compare import CALIBRATIONS, RESULTS
 from vlmprune.evaluation.schema import DENSE, Stamp
 from vlmprune.evaluation.stamp import make_stamp
 from vlmprune.evaluation.statistics import paired_bootstrap, wilson
@@ -42,8 +42,14 @@ Plan = Sequence[tuple[str, Mapping[str, Any]]]
 PLAN: Plan = (
     *((RANDOM_PATCHES, {"keep": keep}) for keep in (0.75, 0.5, 0.25, 0.1)),
     *(("tome", {"r": r}) for r in (4, 8, 12, 16)),
+    *(("zero_tprune", {"keep": keep}) for keep in (0.75, 0.5, 0.25)),
+    *(
+        ("dymu", {"keep": keep, "artefact": (RESULTS / CALIBRATIONS / f"{MODEL}-dymu-{keep}.json").as_posix()})
+        for keep in (0.75, 0.5, 0.25)
+    ),
 )
-"""Rows beside the dense one; those of policies that are not registered are left out."""
+"""Rows beside the dense one, those of policies that are not registered left out. DyMU's thresholds were found by
+`vlmprune calibrate dymu --model tiny-vit --keep KEEP --output FILE`."""
 
 
 @dataclass(frozen=True)

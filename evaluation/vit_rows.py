@@ -95,14 +95,14 @@ class CurveRow(BaseModel):
 
 
 def cell_title(policy: str, params: Mapping[str, Any]) -> str:
-    """`tome (r=13)`; an artefact is named without its path."""
-    shown = ", ".join(f"{name}={_short(value)}" for name, value in params.items())
+    """`tome (r=13)`, `dymu (keep=0.5, calibrated)`."""
+    shown = ", ".join("calibrated" if name == "artefact" else _part(name, value) for name, value in params.items())
     return policy + (f" ({shown})" if shown else "")
 
 
 def row_path(folder: Path, model: str, policy: str, params: Mapping[str, Any]) -> Path:
     """File of a cell's row."""
-    text = "-".join([model, policy, *(f"{name}={_short(value)}" for name, value in params.items())])
+    text = "-".join([model, policy, *(_part(name, value) for name, value in params.items())])
     return folder / (re.sub(r"[^\w.=-]+", "_", text) + ".json")
 
 
@@ -176,7 +176,7 @@ def _speed(row: CurveRow) -> tuple[str, str]:
     return f"{row.images_per_s:.1f} ({row.images_per_s_dense:.1f})", f"{row.speedup:.2f} ({spread})"
 
 
-def _short(value: Any) -> str:
-    """A value without blanks; a path by its last part."""
+def _part(name: str, value: Any) -> str:
+    """A parameter as text without blanks; a path by its last part."""
     text = Path(value).stem if isinstance(value, str) and "/" in value else str(value)
-    return text.replace(" ", "")
+    return f"{name}={text}".replace(" ", "")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import textwrap
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,10 @@ from vlmprune.core.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+TIMM = "timm:"
+"""What stands before the name of a timm model."""
+Prepare = Callable[[Sequence[Image.Image]], dict[str, Any]]
+"""Turns pictures into what the model's vision tower takes."""
 MAX_PIXELS = 80_000_000
 MAX_ASPECT = 100  # resizing the short edge of a longer strip would need memory without bound
 
@@ -56,6 +62,63 @@ def load_model(
             raise InputError(f"Model folder {name!r} holds no config.json, so it is no saved model.")
         model, processor = _from_pretrained(str(folder) if folder.is_dir() else name, dtype)
     return (model if device is None else model.to(device)).eval(), processor
+
+
+def load_image_model(
+    name: str, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> tuple[Any, Prepare]:
+    """Load a model that takes pictures, whether or not it writes text, in eval mode.
+
+    Args:
+        name: ``tiny-vit``, ``timm:NAME`` (``timm:local-dir:FOLDER`` for a saved one), or see :func:`load_model`.
+        dtype, device: see :func:`load_model`.
+
+    Returns:
+        ``(model, prepare)``; ``prepare(pictures)`` gives the inputs of its tower.
+
+    Raises:
+        InputError: nothing of this name can be loaded.
+    """
+    from vlmprune.embedded import is_classifier, load_embedded
+
+    if name.startswith(TIMM):
+        model, transform = _from_timm(name.removeprefix(TIMM))
+    elif is_classifier(name):
+        model, transform = load_embedded(name)
+    else:
+        model, processor = load_model(name, dtype, device)
+        return model, partial(_processed, getattr(processor, "image_processor", processor))
+    if dtype is not None:
+        model = model.to(_torch_dtype(dtype))
+    return (model if device is None else model.to(device)).eval(), partial(_transformed, transform)
+
+
+def _processed(image_processor: Any, pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    return dict(image_processor(images=list(pictures), return_tensors="pt"))
+
+
+def _transformed(transform: Callable[[Image.Image], Any], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    import torch
+
+    made = [transform(picture) for picture in pictures]
+    return {"pixel_values": torch.stack([pixels.reshape(pixels.shape[-3:]) for pixels in made])}
+
+
+def _from_timm(name: str) -> tuple[Any, Callable[[Image.Image], Any]]:
+    """A timm model with its weights, and the transform of its configuration."""
+    try:
+        import timm
+    except ImportError:
+        raise InputError("timm is not installed; pip install 'vlmprune[vit]'.") from None
+    try:
+        model = timm.create_model(name, pretrained=True)
+        return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    except MemoryError:
+        raise
+    except Exception as error:  # missing, damaged or unsuited files make timm raise almost anything
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=1, cutoff=0.6)
+        hint = f" Did you mean {TIMM + near[0]!r}?" if near and near[0] != name else ""
+        raise InputError(f"timm cannot load {name!r}: {first_line(error)}{hint}") from error
 
 
 def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, label: str | None = None) -> Image.Image:

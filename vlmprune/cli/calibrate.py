@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmprune.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ParamOption, load, parse_parameters
+from vlmprune.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ParamOption,
+    load,
+    load_for_pictures,
+    parse_parameters,
+)
 from vlmprune.cli.output import print_error, print_json, print_table, print_text
 from vlmprune.cli.progress import progress_bar
 from vlmprune.core.errors import InputError, VlmpruneError
@@ -34,10 +42,15 @@ SEARCH_SAMPLES, MEASURE_SAMPLES = 30, 4096
 def calibrate(
     policy: Annotated[str, typer.Argument(help="A policy that can be calibrated, such as vflowopt or dymu.")],
     output: Annotated[Path, typer.Option(help="JSON file for the result; an unfinished run goes on from it.")],
-    model: ModelOption = "tiny-llava",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="tiny-llava, tiny-qwen, a local folder, or a hub id; a measurement also takes tiny-vit and timm:NAME."
+        ),
+    ] = "tiny-llava",
     keep: Annotated[str, typer.Option(help="Budget to calibrate for.")] = "0.25",
     images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures; without it --task is used, or training scenes for dymu.")
+        Path | None, typer.Option(help="Folder of pictures; without it --task is used, or the model's training pictures for dymu.")
     ] = None,
     samples: Annotated[
         int | None,
@@ -68,7 +81,7 @@ def calibrate(
     try:
         if chosen.measured:
             options = measure.Options(samples or MEASURE_SAMPLES, batch, tolerance, seed, fresh)
-            measure.run(chosen, model, partial(load, model, dtype, device), images, output, options, as_json)
+            measure.run(chosen, model, partial(load_for_pictures, model, dtype, device), images, output, options, as_json)
             return
         # What can be checked without the model comes first.
         number = samples or SEARCH_SAMPLES

@@ -18,6 +18,8 @@ from vlmprune.core.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vlmprune.loading import Prepare
+
     from vlmprune.core.measured import Measured
     from vlmprune.core.policy import Policy
 
@@ -29,7 +31,7 @@ Pictures = Callable[[], Iterator["Image.Image"]]
 
 
 def pictures_of(model: str, folder: Path | None, seed: int) -> tuple[Pictures, Pictures]:
-    """Pictures to measure on, and others for the check: of a folder, or scenes where the model is an embedded one.
+    """Pictures to measure on, and others for the check: of a folder, or generated where the model is an embedded one.
 
     Args:
         model: as given on the command line. folder: of pictures. seed: of their order.
@@ -37,14 +39,15 @@ def pictures_of(model: str, folder: Path | None, seed: int) -> tuple[Pictures, P
     Raises:
         InputError: no folder where one is needed, or fewer than two pictures in it.
     """
-    from vlmprune.embedded import embedded_models
-    from vlmprune.embedded.pictures import scene_pictures
+    from vlmprune.embedded import embedded_models, is_classifier
+    from vlmprune.embedded.pictures import digit_pictures, scene_pictures
     from vlmprune.loading import open_image
 
     if folder is None:
         if model not in embedded_models():
             raise InputError(f"Give pictures for {model!r} to be measured on: --images FOLDER.")
-        return lambda: scene_pictures("train", seed), lambda: scene_pictures("test", seed)
+        generated = digit_pictures if is_classifier(model) else scene_pictures
+        return lambda: generated("train", seed), lambda: generated("test", seed)
     from vlmprune.cli.calibrate import picture_files
 
     files = picture_files(folder)
@@ -55,13 +58,13 @@ def pictures_of(model: str, folder: Path | None, seed: int) -> tuple[Pictures, P
     return lambda: map(open_image, files[apart:]), lambda: map(open_image, files[:apart])
 
 
-def batched(processor: Any, pictures: Iterable[Image.Image], size: int, most: int) -> Iterator[dict[str, Any]]:
+def batched(prepare: Prepare, pictures: Iterable[Image.Image], size: int, most: int) -> Iterator[dict[str, Any]]:
     """Inputs of ``size`` pictures each, of at most ``most`` pictures; what is left over makes no batch."""
     source = islice(pictures, most)
     first = True
     while group := list(islice(source, size)):
         if first or len(group) == size:
-            yield dict(getattr(processor, "image_processor", processor)(images=group, return_tensors="pt"))
+            yield prepare(group)
         first = False
 
 
@@ -79,15 +82,15 @@ class Options:
 def run(
     policy: Policy,
     model: str,
-    load: Callable[[], tuple[Any, Any]],
+    load: Callable[[], tuple[Any, Prepare]],
     folder: Path | None,
     output: Path,
     options: Options,
     as_json: bool,
 ) -> None:
-    """Measure, check, write, and print what was found; ``load`` gives model and processor."""
+    """Measure, check, write, and print what was found; ``load`` gives the model and what prepares pictures."""
     pictures, others = pictures_of(model, folder, options.seed)
-    network, processor = load()
+    network, prepare = load()
     from vlmprune.measurement import measure
 
     batch, most = options.batch, min(options.samples, HELD_OUT_MOST)
@@ -95,8 +98,8 @@ def run(
         found = measure(
             network,
             policy,
-            batched(processor, pictures(), batch, options.samples),
-            held_out=batched(processor, others(), batch, most),
+            batched(prepare, pictures(), batch, options.samples),
+            held_out=batched(prepare, others(), batch, most),
             tolerance=options.tolerance,
             output=output,
             resume=not options.fresh,

@@ -10,6 +10,7 @@ from vlmprune.core.errors import InputError
 
 if TYPE_CHECKING:
     from vlmprune.core.policy import Policy
+    from vlmprune.loading import Prepare
 
 DEFAULT_KEEP = "0.33"
 
@@ -97,6 +98,15 @@ def load(name: str, dtype: str | None = None, device: str = "auto") -> tuple[Any
     device = choose_device(device)
     quiet()
     return load_model(name, dtype, device)
+
+
+def load_for_pictures(name: str, dtype: str | None = None, device: str = "auto") -> tuple[Any, Prepare]:
+    """As :func:`load`, of any model that takes pictures, with what prepares them for its tower."""
+    from vlmprune.loading import load_image_model
+
+    device = choose_device(device)
+    quiet()
+    return load_image_model(name, dtype, device)
 
 
 def choose_device(name: str) -> str:
