@@ -47,10 +47,11 @@ def pagerank(
         damping: share d of every score that is spread evenly over the living tokens.
         tolerance: a sample stops after the first round in which no score moved by this or more. Reads a flag
             from the device in every round.
-        qk: queries ``[B, H, N, d]`` and keys ``[B, Hk, N, d]``; the attention is recomputed in blocks in every
-            round and never exists as a whole.
+        qk: queries ``[B, H, N, d]`` and keys ``[B, Hk, N, d]``. The attention never exists as a whole: all rounds are
+            run for as many samples and heads at a time as ``chunk_bytes`` hold the attention of; where they do not hold
+            one, it is recomputed in blocks in every round.
         scale: of the products of ``qk``, default ``d ** -0.5``.
-        chunk_bytes: size of a block of attention with ``qk``.
+        chunk_bytes: size of the attention that exists at a time with ``qk``; up to three of that size live.
         backend: ``"torch"`` or ``"reference"`` (slow, float64).
 
     Returns:
@@ -81,8 +82,32 @@ def pagerank(
         from vlmprune.kernels.pagerank import reference
 
         return reference.run(attention, qk, scale, iters, scores, alive, damping, tolerance)
-    step = _dense_round(attention, alive, dtype) if qk is None else _streamed_round(*qk, scale, alive, chunk_bytes)
-    return _iterate(step, iters, scores, alive, damping, tolerance)
+    if attention is not None:
+        return _iterate(_dense_round(attention, alive, dtype), iters, scores, alive, damping, tolerance)
+    assert qk is not None
+    samples, heads = _fitting(*qk, tolerance, chunk_bytes // max(1, shape[2] ** 2 * dtype.itemsize))
+    if heads == 0 or iters == 0:
+        return _iterate(_Streamed(*qk, scale, alive, chunk_bytes), iters, scores, alive, damping, tolerance)
+    found = torch.empty_like(scores)
+    group = shape[1] // qk[1].shape[1]
+    for some in (slice(at, at + samples) for at in range(0, shape[0], samples)):
+        living = None if alive is None else alive[some]
+        for part in (slice(at, at + heads) for at in range(0, shape[1], heads)):
+            keys = qk[1][some, part.start // group : part.stop // group]
+            step = _Dense(_attention(qk[0][some, part], keys, scale, living, dtype), None)
+            found[some, part] = _iterate(step, iters, scores[some, part], living, damping, tolerance)
+    return found
+
+
+def _fitting(q: Tensor, k: Tensor, tolerance: float | None, matrices: int) -> tuple[int, int]:
+    """Samples and heads of which so many matrices of attention hold all, 0 heads where one sample is too much.
+
+    Heads that share keys stay together, and with a tolerance, which looks at all of a sample's, all do.
+    """
+    heads, together = q.shape[1], q.shape[1] // k.shape[1]
+    if matrices >= heads > 0:
+        return matrices // heads, heads
+    return 1, 0 if tolerance is not None else matrices // together * together
 
 
 def _iterate(
@@ -119,8 +144,15 @@ def _dense_round(attention: Tensor | None, alive: Tensor | None, dtype: torch.dt
     return _Dense(matrix, torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, total)))
 
 
-def _streamed_round(q: Tensor, k: Tensor, scale: float | None, alive: Tensor | None, chunk_bytes: int) -> Round:
-    return _Streamed(q, k, scale, alive, chunk_bytes)
+def _attention(q: Tensor, k: Tensor, scale: float | None, alive: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``[b, H, N, N]`` softmax attention to the living keys; to all keys in samples without any, which cast no votes."""
+    batch, heads, n, d = q.shape
+    queries = (q.to(dtype) * (d**-0.5 if scale is None else scale)).reshape(batch, k.shape[1], -1, d)
+    scores = precise_matmul(queries, k.to(dtype).mT).view(batch, heads, n, n)
+    if alive is not None:
+        dead = ~alive & alive.any(1, keepdim=True)
+        scores.masked_fill_(dead[:, None, None], -torch.inf)
+    return scores.softmax(-1)
 
 
 class _Dense:

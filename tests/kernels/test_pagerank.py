@@ -1,8 +1,7 @@
 """Weighted PageRank and the fusion of heads, against the plain-loop oracle, eigenvectors and golden vectors.
 
 Golden kind `reference` of `zero_tprune.npz` -> PageRank on the whole attention (`out/wpr_full`), on the survivors,
-its head filter, and the matching of the similarity stage, each from the case's own intermediate values. The kind as a
-whole waits for the policy (`golden_io.PENDING_KINDS`).
+its head filter, and the matching of the similarity stage, each from the case's own intermediate values.
 """
 
 from __future__ import annotations
@@ -141,9 +140,11 @@ def test_without_the_matrix(dtype: torch.dtype, generator: torch.Generator) -> N
     dense = (q.double() @ k.double().repeat_interleave(2, 1).mT * 8**-0.5).softmax(-1)
     for mask in (None, alive):
         want = pagerank(dense, 5, alive=mask, damping=0.1)
-        for chunk_bytes in (1 << 20, 1500):
-            got = pagerank(None, 5, qk=(q, k), alive=mask, damping=0.1, chunk_bytes=chunk_bytes)
-            torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+        for chunk_bytes in (1 << 20, 4 * 4 * 21 * 21, 2 * 4 * 21 * 21, 1500):  # all, a sample, its half, some rows
+            for tolerance in (None, 0.0):
+                options = {"alive": mask, "damping": 0.1, "chunk_bytes": chunk_bytes, "tolerance": tolerance}
+                got = pagerank(None, 5, qk=(q, k), **options)
+                torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
         oracle = pagerank(None, 5, qk=(q, k), alive=mask, damping=0.1, backend="reference")
         torch.testing.assert_close(oracle.double(), want, atol=1e-5, rtol=1e-5)
     once = pagerank(None, 1, qk=(q, k), scale=0.2)
