@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmprune.adapters.packing import Packing
 from vlmprune.adapters.tower_tokens import BlockAttention, HiddenKeys, TokenMap, TowerTokens, with_key_bias
 from vlmprune.adapters.unit_heads import UnitHeads
 from vlmprune.core.attention import AttentionHeads
@@ -79,6 +80,12 @@ class BatchedTokens(TowerTokens):
             query, key = (self._by_unit(part, self._units) for part in (query, key))
         valid = None if self.map.full else self.map.valid(query.device)
         return UnitHeads(query, key, scale, self._unit, valid, self.prefix, self._real)
+
+    def packing(self) -> Packing | None:
+        if self.map.full:
+            return None
+        rows = [self.prefix + self._unit * (length - self.prefix) for length in self.map.lengths]
+        return Packing(tuple(rows), self.prefix + self._unit * (self.map.width - self.prefix), self._device)
 
     def row_valid(self) -> Tensor | None:
         """``[V, T]`` bool, the tower's places that hold a token; None where all do."""

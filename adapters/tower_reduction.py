@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlmprune.adapters.family import transformers_major
 from vlmprune.adapters.hooks import HookStack
+from vlmprune.adapters.packing import Packing
 from vlmprune.adapters.sites import Step, run_step
 from vlmprune.adapters.tower_lineage import BlockLoad, TowerOutcome
 from vlmprune.adapters.tower_tokens import BlockAttention, TowerTokens
@@ -28,6 +29,9 @@ from vlmprune.core.info import ModelInfo
 from vlmprune.core.randomness import item_seed
 from vlmprune.core.report import SiteRecord
 from vlmprune.core.sites import Site
+
+WORTH_PACKING = 1 / 16
+"""Share of padding from which the MLP of a padded batch is run on the real tokens alone."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -71,6 +75,7 @@ class TowerReducer:
         self._wanted = {signal.layer for step in inside for signal in step.request.signals}  # type: ignore[attr-defined]
         self._attention: dict[int, BlockAttention] = {}
         self._pending: dict[int, Tensor] = {}
+        self._packed: dict[int, Packing] = {}
         self._contents: tuple[str, ...] = ()
         self._carried: dict[str, Tensor] = {}
         self._left: dict[int, tuple[TowerTokens, Tensor | None]] = {}  # -1: what enters the first block
@@ -115,6 +120,7 @@ class TowerReducer:
         self._left = {}
         self._attention.clear()
         self._pending.clear()
+        self._packed.clear()
 
     def outcome(self) -> TowerOutcome:
         """What the current run did."""
@@ -166,7 +172,14 @@ class TowerReducer:
         for step in self._middle[block]:
             states = self._reduce(step, states, tokens)
         self._pending[block] = states
+        packing = tokens.packing()
+        computed = tokens.computed
+        # What a block drops at random in training goes by the rows of its batch.
+        if packing is not None and packing.padding >= WORTH_PACKING and not self._parts[block].block.training:
+            self._packed[block], computed = packing, tokens.map.lengths
+            states = packing.pack(states)[None]
         self.passed_loads[block:] = [BlockLoad(tokens.map.lengths, tokens.computed)] * (len(self._parts) - block)
+        self.passed_loads[block] = BlockLoad(tokens.map.lengths, computed)
         return (states, *args[1:]), kwargs
 
     def _catch(
@@ -174,7 +187,8 @@ class TowerReducer:
     ) -> Tensor | None:
         if block not in self._pending:
             return None
-        self._pending[block] = self._pending[block] + self._parts[block].weighted(output)
+        added, packing = self._parts[block].weighted(output), self._packed.pop(block, None)
+        self._pending[block] = self._pending[block] + (added if packing is None else packing.pad(added[0]))
         return output.new_zeros([1] * output.ndim)
 
     def _leave(self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

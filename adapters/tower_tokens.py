@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmprune.adapters.packing import Packing
 from vlmprune.core.attention import AttentionHeads
 from vlmprune.core.errors import UnsupportedError
 from vlmprune.core.selection import Selection
@@ -158,6 +159,10 @@ class TowerTokens(ABC):
     def block_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of a block for the tokens that are left."""
         return kwargs
+
+    def packing(self) -> Packing | None:
+        """How the real tokens of the states are packed, None where the states hold no padding."""
+        return None
 
     @abstractmethod
     def groups(self) -> Tensor | None:

@@ -50,7 +50,8 @@ def calibrate(
     ] = "tiny-llava",
     keep: Annotated[str, typer.Option(help="Budget to calibrate for.")] = "0.25",
     images: Annotated[
-        Path | None, typer.Option(help="Folder of pictures; without it --task is used, or the model's training pictures for dymu.")
+        Path | None,
+        typer.Option(help="Folder of pictures; without it --task is used, or the model's training pictures for dymu."),
     ] = None,
     samples: Annotated[
         int | None,
@@ -81,7 +82,9 @@ def calibrate(
     try:
         if chosen.measured:
             options = measure.Options(samples or MEASURE_SAMPLES, batch, tolerance, seed, fresh)
-            measure.run(chosen, model, partial(load_for_pictures, model, dtype, device), images, output, options, as_json)
+            measure.run(
+                chosen, model, partial(load_for_pictures, model, dtype, device), images, output, options, as_json
+            )
             return
         # What can be checked without the model comes first.
         number = samples or SEARCH_SAMPLES
