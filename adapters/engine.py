@@ -14,10 +14,10 @@ from vlmprune.adapters.cache import PrunedDynamicCache
 from vlmprune.adapters.encoding import EncodingRecorder
 from vlmprune.adapters.family import Family
 from vlmprune.adapters.forward import TextForward
-from vlmprune.adapters.hooks import HookStack
+from vlmprune.adapters.hooked_engine import HookedEngine
 from vlmprune.adapters.layout import PromptLayout
 from vlmprune.adapters.processor import pixel_scale
-from vlmprune.adapters.sites import needs_pixels, plan
+from vlmprune.adapters.sites import needs_pixels
 from vlmprune.adapters.vision_family import PIXELS, VisionFamily
 from vlmprune.core.errors import ActiveError
 from vlmprune.core.policy import Policy
@@ -27,8 +27,8 @@ from vlmprune.core.sites import Site
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class Engine:
-    """One policy on one model: installs hooks, keeps the report, and can be switched off and removed.
+class Engine(HookedEngine):
+    """See :class:`HookedEngine`; for models with a decoder.
 
     Args:
         family: adapter of the model.
@@ -38,28 +38,20 @@ class Engine:
     """
 
     def __init__(self, family: Family, policy: Policy, restore_length: bool = True, processor: Any = None) -> None:
+        super().__init__(family, policy)
         self.family = family
-        self.policy = policy
-        self.info = family.info()
-        self.steps = plan(policy, self.info)
-        self.enabled = True
-        self.last_error: BaseException | None = None
         outside = [step for step in self.steps if step.request.site != Site.VISION_BLOCK]
         self._wanted = {signal for step in outside for signal in step.request.signals}
-        draws = any(step.policy.is_random(self.info) for step in self.steps)
         self.encoder: EncodingRecorder | None = None
         if isinstance(family, VisionFamily):
             scale = pixel_scale(processor) if needs_pixels(self.steps) else None
             reducer = family.reducer(self.steps)
-            self.encoder = EncodingRecorder(family, self._wanted, digests=draws, scale=scale, reducer=reducer)
+            self.encoder = EncodingRecorder(family, self._wanted, digests=self._draws, scale=scale, reducer=reducer)
         self.forward = TextForward(family, self.info, policy, self.steps, self.encoder, restore_length)
-        self._hooks = HookStack()
         self._active = any(step.request.site != Site.IMAGE for step in self.steps)
         self._layout: PromptLayout | None = None
         self._in_base = False
-        self._warned = False
         self._base_arguments: tuple[str, ...] = ()
-        self._busy: dict[str, int] = {}
 
     @property
     def report(self) -> Report | None:
@@ -85,28 +77,15 @@ class Engine:
         """The selections inside the tower of the last pictures that were encoded."""
         return () if self.encoder is None else self.encoder.tower_sites
 
-    @property
-    def hook_ids(self) -> frozenset[int]:
-        """Ids of our hooks in the modules' tables."""
-        return self._hooks.ids
-
-    def install(self) -> None:
-        """Register the hooks; on failure none stays."""
-        try:
-            self._install()
-        except BaseException:
-            self._hooks.remove()
-            raise
-
     def remove(self) -> None:
         """Take every hook and tap away."""
-        self._hooks.remove()
+        super().remove()
         if self.encoder is not None:
             self.encoder.forget()
 
     def switch(self, on: bool) -> None:
         """Turn pruning on or off without touching the hooks."""
-        self.enabled = on
+        super().switch(on)
         if self.encoder is not None:
             self.encoder.enabled = on
 

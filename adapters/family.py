@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from vlmprune.adapters.layout import PromptLayout
+from vlmprune.adapters.model_family import ModelFamily
 from vlmprune.core.errors import UnsupportedError
-from vlmprune.core.info import ModelInfo
 
 Encoded = Mapping[str, Any]
 """Per kind (``image``, ``video``) the :class:`vlmprune.adapters.encoding.Encoding` that a call brings along."""
 
 
-class Family(ABC):
+class Family(ModelFamily):
     """Names a model's parts and reads its calls. Instances belong to one model."""
 
     deepstack_levels: int = 0
@@ -24,22 +24,6 @@ class Family(ABC):
 
     prepares_masks: bool = False
     """True if the model itself builds 4-D masks before it calls the text model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @classmethod
-    @abstractmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """True if this family serves ``model`` (unwrapped)."""
-
-    @abstractmethod
-    def info(self) -> ModelInfo:
-        """The model's facts.
-
-        Raises:
-            UnsupportedError: a configuration that this family cannot serve.
-        """
 
     @property
     @abstractmethod

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.adapters import tap
 from vlmprune.adapters.batched_tokens import BatchedTokens
 from vlmprune.adapters.family import find_module, transformers_major
 from vlmprune.adapters.hooks import HookStack
-from vlmprune.adapters.tap_port import TappedAttention, TapPort
+from vlmprune.adapters.tap_port import TapPort
 from vlmprune.adapters.tower_reduction import AttentionPort, TowerReducer
 from vlmprune.adapters.tower_tokens import TowerTokens
 from vlmprune.adapters.vision_blocks import CLIP_LIKE, BlockKind, BlockParts, block_parts
@@ -241,25 +240,8 @@ class HfVitFamily(VitFamily):
 class ImagePort(TapPort):
     """As its parent, but masks stay the model's own until something is reduced."""
 
-    def _compute(
-        self,
-        reducer: TowerReducer,
-        block: int,
-        attend: tap.Attend,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if reducer.tokens is not None and reducer.tokens.changed:
-            return super()._compute(reducer, block, attend, module, query, key, value, None, scaling, **kwargs)
-        if reducer.wants(block):
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            reducer.attended(block, TappedAttention(query.detach(), key.detach(), scale))
-        return attend(module, query, key, value, mask, scaling=scaling, **kwargs)
+    def bias(self, reducer: TowerReducer) -> Tensor | None:
+        return super().bias(reducer) if reducer.tokens is not None and reducer.tokens.changed else None
 
 
 class TurnedTokens(BatchedTokens):

@@ -48,6 +48,10 @@ class TapPort(AttentionPort):
     def install(self, reducer: TowerReducer, block: int, hooks: HookStack) -> None:
         tap.install_compute(self._attention, partial(self._compute, reducer, block), hooks)
 
+    def bias(self, reducer: TowerReducer) -> Tensor | None:
+        """``[V, T]`` to add to the scores of keys, None for nothing."""
+        return reducer.key_bias()
+
     def _compute(
         self,
         reducer: TowerReducer,
@@ -64,7 +68,7 @@ class TapPort(AttentionPort):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if reducer.wants(block):
             reducer.attended(block, TappedAttention(query.detach(), key.detach(), scale))
-        bias = reducer.key_bias()
+        bias = self.bias(reducer)
         if bias is None:
             if reducer.tokens is not None and reducer.tokens.changed:
                 mask = None  # the model's own is over all tokens; padding would have given a bias

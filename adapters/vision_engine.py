@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmprune.adapters.hooks import HookStack, uncompiled
-from vlmprune.adapters.sites import plan
+from vlmprune.adapters.hooked_engine import HookedEngine
+from vlmprune.adapters.hooks import uncompiled
 from vlmprune.adapters.tower_lineage import tower_record
 from vlmprune.adapters.tower_reduction import TowerReducer
 from vlmprune.adapters.vit_family import VitFamily, named
@@ -31,8 +31,8 @@ from vlmprune.core.views import View
 FORWARD = "forward"
 
 
-class VisionEngine:
-    """One policy on one image model: installs hooks, keeps the report, and can be switched off and removed.
+class VisionEngine(HookedEngine):
+    """See :class:`HookedEngine`; for image models.
 
     Args:
         family: adapter of the model.
@@ -47,12 +47,8 @@ class VisionEngine:
     """
 
     def __init__(self, family: VitFamily, policy: Policy, restore_length: bool = True) -> None:
+        super().__init__(family, policy)
         self.family = family
-        self.policy = policy
-        self.info = family.info()
-        self.steps = plan(policy, self.info)
-        self.enabled = True
-        self.last_error: BaseException | None = None
         self.report: Report | None = None
         self.tower_sites: tuple[SiteRecord, ...] = ()
         self.sample_ids: list[str] | None = None
@@ -62,12 +58,8 @@ class VisionEngine:
             parts = family.parts()
             self._reducer = TowerReducer(self.steps, self.info, parts, [family.attention_port(part) for part in parts])
             self._run.noted = self._reducer.noted
-        self._draws = any(step.policy.is_random(self.info) for step in self.steps)
-        self._hooks = HookStack()
         self._images: Tensor | None = None
         self._begun = False
-        self._warned = False
-        self._busy: dict[str, int] = {}
         self._nested = uncompiled(self._open_here)
 
     @property
@@ -75,26 +67,9 @@ class VisionEngine:
         """The module that bears the handle beside the model itself."""
         return self.family.tower
 
-    @property
-    def hook_ids(self) -> frozenset[int]:
-        """Ids of our hooks in the modules' tables."""
-        return self._hooks.ids
-
-    def install(self) -> None:
-        """Register the hooks; on failure none stays."""
-        try:
-            self._install()
-        except BaseException:
-            self._hooks.remove()
-            raise
-
-    def remove(self) -> None:
-        """Take every hook away."""
-        self._hooks.remove()
-
     def switch(self, on: bool) -> None:
         """Turn the policy on or off without touching the hooks."""
-        self.enabled = on
+        super().switch(on)
         if not on:
             self._run.forget()
 

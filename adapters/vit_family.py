@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from vlmprune.adapters.batched_tokens import BatchedTokens
 from vlmprune.adapters.hooks import HookStack
+from vlmprune.adapters.model_family import ModelFamily
 from vlmprune.adapters.tower_reduction import AttentionPort
 from vlmprune.adapters.tower_tokens import TowerTokens
 from vlmprune.adapters.vision_blocks import BlockParts
 from vlmprune.adapters.vit_run import VitRun
 from vlmprune.core import signals as s
 from vlmprune.core.errors import InputError, UnsupportedError
-from vlmprune.core.info import ModelInfo
 from vlmprune.core.sites import Site
 
 VIT_SITES = frozenset({Site.VISION_BLOCK})
 VIT_SIGNALS: frozenset[type[s.Signal]] = frozenset({s.KeyMean, s.HeadAttention, s.Keys})
 
 
-class VitFamily(ABC):
+class VitFamily(ModelFamily):
     """Names the parts of an image model and says how its features leave it. Instances belong to one model.
 
     Attributes:
@@ -35,22 +35,6 @@ class VitFamily(ABC):
 
     served: str
     entries: tuple[str, ...] = ()
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @classmethod
-    @abstractmethod
-    def matches(cls, model: nn.Module) -> bool:
-        """True if this family serves ``model`` (unwrapped)."""
-
-    @abstractmethod
-    def info(self) -> ModelInfo:
-        """The model's facts.
-
-        Raises:
-            UnsupportedError: a configuration that this family cannot serve.
-        """
 
     @property
     def tower(self) -> nn.Module:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlmprune.core.errors import InputError
+from vlmprune.evaluation.check_record import read_check
 from vlmprune.evaluation.statistics import wilson
 from vlmprune.evaluation.tables import percent
 
@@ -29,13 +29,10 @@ def classifier_tables(folder: Path) -> list[str]:
     Raises:
         InputError: the file is damaged.
     """
-    path = folder / "check.json"
-    if not path.is_file():
+    content = read_check(folder)
+    if not content.get("digits"):
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not content.get("digits"):
-            return []
         chance = percent(content["chance"])
         return [
             "## Accuracy",
@@ -45,7 +42,7 @@ def classifier_tables(folder: Path) -> list[str]:
             _table("patches", content["patches"]),
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error!r}") from None
+        raise InputError(f"{folder / 'check.json'} is damaged: {error!r}") from None
 
 
 def classifier_architecture(settings: Mapping[str, Any]) -> str:

@@ -24,13 +24,7 @@ def resolution_tables(folder: Path) -> list[str]:
     Raises:
         InputError: the file is damaged.
     """
-    path = folder / "check.json"
-    if not path.is_file():
-        return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}") from None
+    content = read_check(folder)
     sizes = {name: rows for name, rows in content.get("scenes", {}).items() if _has_counts(rows)}
     if not sizes:
         return []
@@ -42,6 +36,19 @@ def resolution_tables(folder: Path) -> list[str]:
     if weak:
         parts.append(f"Not clearly above the text-only score (the intervals touch): {', '.join(weak)}.")
     return parts
+
+
+def read_check(folder: Path) -> dict[str, Any]:
+    """Content of a model's `check.json`, empty where there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = folder / "check.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from None
 
 
 def _has_counts(rows: Any) -> bool:

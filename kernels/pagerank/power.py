@@ -145,7 +145,7 @@ def _dense_round(attention: Tensor | None, alive: Tensor | None, dtype: torch.dt
 
 
 def _attention(q: Tensor, k: Tensor, scale: float | None, alive: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``[b, H, N, N]`` softmax attention to the living keys; to all keys in samples without any, which cast no votes."""
+    """``[b, H, N, N]`` softmax attention to living keys; to all in samples without any, which cast no votes."""
     batch, heads, n, d = q.shape
     queries = (q.to(dtype) * (d**-0.5 if scale is None else scale)).reshape(batch, k.shape[1], -1, d)
     scores = precise_matmul(queries, k.to(dtype).mT).view(batch, heads, n, n)

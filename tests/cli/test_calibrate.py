@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from PIL import Image
 import vlmprune
 import vlmprune.calibration
 from vlmprune.cli import main
-from vlmprune.embedded.pictures import scene_pictures
+from vlmprune.embedded import model_path
+from vlmprune.embedded.pictures import digit_pictures, scene_pictures
 
 SMALL = ("--samples", "2", "--calls", "3", "--param", "alpha=0.0")
 
@@ -122,10 +124,38 @@ def test_thresholds_of_the_training_scenes(tmp_path: Path, capsys: pytest.Captur
     assert (entered, wanted) == (12 * 196, 12 * 98) and abs(found["held_out"]["left"] / wanted - 1) < 0.25
 
 
-def test_the_pictures_of_the_check_are_others() -> None:
-    training, held_out = (islice(scene_pictures(split), 3) for split in ("train", "test"))
-    first, again = [picture.tobytes() for picture in training], [p.tobytes() for p in islice(scene_pictures(), 3)]
+@pytest.mark.parametrize("pictures_of", [scene_pictures, digit_pictures])
+def test_the_pictures_of_the_check_are_others(pictures_of: Callable[..., Iterator[Image.Image]]) -> None:
+    training, held_out = (islice(pictures_of(split), 3) for split in ("train", "test"))
+    first, again = [picture.tobytes() for picture in training], [p.tobytes() for p in islice(pictures_of(), 3)]
     assert first == again and len({*first, *(p.tobytes() for p in held_out)}) == 6
+
+
+def test_thresholds_of_a_classifier(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    path = tmp_path / "digits.json"
+    command = ["calibrate", "dymu", "--keep", "0.5", "--batch", "4", "--samples", "16", "--tolerance", "0.5"]
+    out, _ = printed([*command, "--model", "tiny-vit", "--output", str(path)], capsys)
+    assert "On 16 other pictures" in out and len(json.loads(path.read_text())["values"]) == 12
+    model, transform = vlmprune.load_embedded("tiny-vit")
+    with vlmprune.applied(model, "dymu", keep=0.5, artefact=path) as handle, torch.no_grad():
+        model(transform(list(islice(digit_pictures("test"), 2))))
+    assert handle.last.tower_passed[-1] < 196
+
+
+def test_a_timm_model_by_name(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedded classifier under its name and as a checkpoint of timm, with timm's own transform."""
+    pytest.importorskip("timm")
+    found = []
+    for number, model in enumerate(("tiny-vit", f"timm:local-dir:{model_path('tiny-vit')}")):
+        output = tmp_path / f"{number}.json"
+        command = ["calibrate", "dymu", "--keep", "0.5", "--batch", "2", "--images", str(pictures), "--model", model]
+        printed([*command, "--output", str(output)], capsys)
+        found.append([value["mean"] for value in json.loads(output.read_text())["values"]])
+    assert found[0] == pytest.approx(found[1], abs=1e-4) and len(set(found[0])) > 6
+    missing = ["calibrate", "dymu", "--images", str(pictures), "--output", str(tmp_path / "none.json")]
+    _, err = printed([*missing, "--model", "timm:vit_base_patch16_22"], capsys, code=2)
+    assert "timm cannot load 'vit_base_patch16_22'" in err and "Did you mean 'timm:vit_base_patch16_224'?" in err
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,9 @@ from vlmprune.core.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlmprune.loading import Prepare
-
     from vlmprune.core.measured import Measured
     from vlmprune.core.policy import Policy
+    from vlmprune.loading import Prepare
 
 ALLOWED = 0.05
 """Deviation from the budget, on pictures that were not measured, from which a note is printed."""
