@@ -17,15 +17,16 @@ from vlmprune.core import config
 from vlmprune.core.policy import Policy
 from vlmprune.core.registry import registry
 from vlmprune.embedded import load_embedded
-from vlmprune.evaluation.cells import policy_cell
+from vlmprune.evaluation.cells import Cell, policy_cell
 from vlmprune.evaluation.runner import evaluate
 from vlmprune.evaluation.schema import RANDOM, ResultRow, ResultsFile, read_results, write_text_atomically
 
 RESULTS = Path("evaluation") / "results"
 CALIBRATIONS = "calibration"
 BUDGETS = (1.0, 0.5, 0.33, 0.22, 0.11, 0.05)
-COMPOSED = (("tome", "hiprune"), ("tome", "todre"))
-"""A merge inside the tower, and what chooses among the tokens left."""
+COMPOSED = ("hiprune", "todre")
+"""What chooses among the tokens that `tome` leaves inside the tower, spread over its blocks or all in its first."""
+FIRST_BLOCKS = (None, 1)
 TOWER_SHARE = 0.5
 """Share of the tokens that the merge leaves in a composition."""
 QUESTIONS = 500
@@ -55,7 +56,9 @@ def policies_at(keep: float, model: str, folder: Path) -> list[Policy]:
             chosen.append(config.build(name, parameters))
     if keep < TOWER_SHARE:
         rest = round(keep / TOWER_SHARE, 6)
-        chosen += [config.resolve(list(names), keep=[TOWER_SHARE, rest]) for names in COMPOSED]
+        for first in FIRST_BLOCKS:
+            tome = config.build("tome", {"keep": TOWER_SHARE, "first_blocks": first})
+            chosen += [config.resolve([tome, config.build(name, {"keep": rest})]) for name in COMPOSED]
     return chosen
 
 
@@ -91,9 +94,9 @@ def compare(
         for keep in budgets:
             paths.append(path := results_path(folder, model, task, keep))
             before = read_results(path) if path.is_file() else ResultsFile()
-            there = {(row.policy, json.dumps(row.keep)) for row in before.rows}
+            there = {_setting(row) for row in before.rows}
             cells = [policy_cell(policy, info) for policy in policies_at(keep, model, folder)]
-            missing = [cell.policy for cell in cells if (cell.name, json.dumps(cell.keep)) not in there]
+            missing = [cell.policy for cell in cells if _setting(cell) not in there]
             if not missing:
                 continue
             results = evaluate(
@@ -118,6 +121,12 @@ def joined(before: ResultsFile, new: ResultsFile) -> ResultsFile:
     known = {_cell_of(row) for row in before.rows}
     rows = (*before.rows, *(row for row in new.rows if _cell_of(row) not in known))
     return new.model_copy(update={"rows": rows})
+
+
+def _setting(of: ResultRow | Cell) -> str:
+    """Policy, parameters and budget of a row or of what would give one."""
+    name = of.name if isinstance(of, Cell) else of.policy
+    return json.dumps([name, of.params, of.keep], sort_keys=True)
 
 
 def _cell_of(row: ResultRow) -> str:

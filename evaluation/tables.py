@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vlmprune.evaluation.schema import ALL_FAMILIES, DENSE, Keep, ResultRow
 from vlmprune.evaluation.summary import HEADLINE
@@ -50,7 +51,7 @@ def render_grid(rows: Sequence[ResultRow]) -> str:
     lines = [["policy", *map(keep_text, shares)], ["---", *["---:"] * len(shares)]]
     for name in (DENSE, *names):
         cells = [[row for row, of in chosen if (_name_in_grid(row), of) == (name, share)] for share in shares]
-        lines.append([name.replace("_", "-"), *map(_grid_cell, cells)])
+        lines.append([name, *map(_grid_cell, cells)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -64,12 +65,22 @@ def share_of(keep: Keep) -> float | None:
 
 def _name_in_grid(row: ResultRow) -> str:
     settings = _settings(row)
-    return row.policy + (f" ({', '.join(settings)})" if settings else "")
+    return row.policy.replace("_", "-") + (f" ({', '.join(settings)})" if settings else "")
 
 
 def _settings(row: ResultRow) -> list[str]:
-    own = {name: value for name, value in row.params.items() if value != {}}  # members of a composition with defaults
-    return [CALIBRATED if name == "artefact" else f"{name}={value}" for name, value in own.items()]
+    return _shown(row.params)
+
+
+def _shown(params: Mapping[str, Any]) -> list[str]:
+    """Parameters as text; those of a composition's members, which stand under their names, without these."""
+    found: list[str] = []
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            found += _shown(value)
+        else:
+            found.append(CALIBRATED if name == "artefact" else f"{name}={value}")
+    return found
 
 
 def _grid_cell(rows: Sequence[ResultRow]) -> str:

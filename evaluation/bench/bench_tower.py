@@ -31,7 +31,7 @@ from vlmprune.evaluation.bench.rows import append_row
 
 RESULTS = Path(__file__).parent / "results" / "tower.csv"
 COLUMNS = (
-    "model", "policy", "keep", "images", "tokens", "tokens_left", "flops_share", "dense_ms", "reduced_ms",
+    "model", "policy", "keep", "first_blocks", "images", "tokens", "tokens_left", "flops_share", "dense_ms", "reduced_ms",
     "reduced_q20_ms", "reduced_q80_ms", "speed_up", "repeats", "dtype", "device", "threads", "load", "torch",
     "transformers", "date",
 )  # fmt: skip
@@ -102,13 +102,14 @@ def build(name: str, images: int) -> tuple[nn.Module, dict[str, Tensor], dict[st
 
 @torch.inference_mode()
 def measure(
-    name: str, policies: Sequence[str], keep: float, images: int, repeats: int, r: Sequence[int] | None = None
+    name: str, policies: Sequence[str], keep: float, images: int, repeats: int, first_blocks: int | None = None
 ) -> dict[str, object]:
-    """One row of the CSV file; ``r`` (tokens merged per block) stands in place of ``keep``."""
+    """One row of the CSV file; ``first_blocks`` is ToMe's."""
     torch.manual_seed(0)
     model, encoder, rest = build(name, images)
     base = model.model
-    first = config.build(policies[0], {"keep": keep} if r is None else {"r": tuple(r)})
+    within = {} if first_blocks is None else {"first_blocks": first_blocks}
+    first = config.build(policies[0], {"keep": keep, **within})
     chosen = [first, *(config.build(name, {"keep": REST}) for name in policies[1:])]
     times: dict[bool, list[float]] = {True: [], False: []}
     with vlmprune.applied(model, chosen) as handle:
@@ -131,7 +132,8 @@ def measure(
     return {
         "model": name,
         "policy": "+".join(policies),
-        "keep": keep if r is None else f"r={','.join(map(str, r))}",
+        "keep": keep,
+        "first_blocks": "" if first_blocks is None else first_blocks,
         "images": images,
         "tokens": sum(record.lengths),
         "tokens_left": sum(record.tokens_out),
@@ -164,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", nargs="+", default=["tiny-llava", "tiny-qwen"])
     parser.add_argument("--policy", nargs="+", default=list(POLICIES), help="composed in this order")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="share that leaves the tower")
-    parser.add_argument("--r", type=int, nargs="+", default=None, help="tokens merged per block, instead of --keep")
+    parser.add_argument("--first-blocks", type=int, default=None, help="blocks in which tome merges")
     parser.add_argument("--images", type=int, nargs="+", default=[4])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=None)
@@ -176,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.model:
         for keep in options.keep:
             for images in options.images:
-                row = measure(name, options.policy, keep, images, options.repeats, options.r)
+                row = measure(name, options.policy, keep, images, options.repeats, options.first_blocks)
                 append_row(options.out, row, COLUMNS)
                 _log.info("%s", " ".join(f"{column}={row[column]}" for column in COLUMNS[:12]))
 

@@ -20,8 +20,10 @@ def test_one_budget_on_a_few_questions(tmp_path: Path, monkeypatch: pytest.Monke
     [path] = compare.compare("tiny-llava", **budget)
     results = read_results(path)
     policies = {row.policy for row in results.rows}
-    composed = {"+".join(names) for names in compare.COMPOSED}
-    assert policies == {"dense", *vlmprune.available(), *composed}
+    assert policies == {"dense", *vlmprune.available(), *(f"tome+{name}" for name in compare.COMPOSED)}
+    for row in results.select(policy="tome+todre", family="all"):
+        assert row.params["tome"] in ({}, {"first_blocks": 1}) and row.mean_kept_tokens == 21
+    assert len(results.select(policy="tome+todre", family="all")) == 2
     [searched] = results.select(policy="vflowopt", family="all")
     assert searched.params["artefact"].endswith("tiny-llava-vflowopt-0.11.json")
     assert not results.failed and all(row.prefill_ms is None for row in results.rows)

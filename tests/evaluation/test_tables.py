@@ -82,10 +82,12 @@ def test_a_composition_stands_in_the_column_of_its_product() -> None:
         a_row(**DENSE),
         a_row(policy="hiprune", keep=0.22, accuracy=0.7),
         a_row(policy="tome+hiprune", keep=[0.5, 0.44], params={"tome": {}, "hiprune": {}}, accuracy=0.5),
+        a_row(policy="tome+todre", keep=[0.5, 0.44], params={"tome": {"first_blocks": 1}, "todre": {}}),
         a_row(policy="a+b", keep=[0.5, 49], params={"a": {}, "b": {"alpha": 1}}),
     ]
     head, _, *lines = render_grid(rows).splitlines()
     assert cells(head) == ["policy", "100 %", "22 %"]
-    assert [cells(line)[0] for line in lines] == ["dense", "hiprune", "tome+hiprune"]
+    names = ["dense", "hiprune", "tome+hiprune", "tome+todre (first_blocks=1)"]
+    assert [cells(line)[0] for line in lines] == names
     assert cells(lines[2])[2].startswith("50.0")
     assert share_of([0.5, 0.44]) == 0.22 and share_of([0.5, 49]) is None and share_of("flops:0.5") is None

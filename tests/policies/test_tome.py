@@ -181,6 +181,24 @@ def test_a_budget_is_spread_evenly() -> None:
     assert [request.layer for request in ToMe(keep=97).requests(TOWER)] == [0, 1, 2, 3, 4]
 
 
+def test_a_budget_in_the_first_blocks() -> None:
+    early = ToMe(keep=0.5, first_blocks=1)
+    assert [request.layer for request in early.requests(GRID)] == [0]
+    assert left(early, GRID, [101, 101]) == left(ToMe(keep=0.5), GRID, [101, 101]) == (51, 51)
+    assert left(ToMe(keep=0.3, first_blocks=2), TOWER, [101, 38]) == (31, 12)
+    assert left(ToMe(keep=0.3, first_blocks=9), TOWER, [101]) == (31,)  # the tower has five that feed the projector
+    assert left(early, contexts.QWEN, [16, 6]) == (8, 3)
+    with pytest.raises(BudgetError, match="1 blocks .* leave 50 of 100 tokens"):
+        ToMe(keep=0.4, first_blocks=1).check_count(GRID)
+    notes = [selection.notes for _, selection in blocks(ToMe(keep=0.2, first_blocks=2), TOWER, [101])]
+    assert notes[0] == () and "leave 25 of 100" in notes[1][0]
+    dense = tower_flops(GRID, [101] * 6, [101] * 6)
+    flops = ToMe(keep="flops:0.7", first_blocks=2)
+    tokens = [101, *np.cumsum([-number for number in flops.plan(GRID, flops.budget, 100)]) + 101]
+    tokens += [tokens[-1]] * (7 - len(tokens))
+    assert 0.69 < tower_flops(GRID, tokens[:-1], tokens[1:]) / dense <= 0.7
+
+
 @pytest.mark.parametrize("share", [0.9, 0.75, 0.5, 0.35])
 @pytest.mark.parametrize("info", [TOWER, replace(contexts.QWEN, vision_depth=8, feature_block=7)])
 def test_flops_are_met_within_one_token(share: float, info: ModelInfo) -> None:
@@ -266,6 +284,9 @@ def test_r_counts_over_the_whole_tower() -> None:
         ({"inflect": 0.5}, "inflect=0.5"),
         ({"r": 8, "keep": 0.5}, "both say how much"),
         ({"keep": (0.5, 0.4)}, "one budget for all blocks"),
+        ({"keep": 0.5, "first_blocks": 0}, "first_blocks=0 goes with keep"),
+        ({"keep": 0.5, "first_blocks": 1.5}, "first_blocks=1.5"),
+        ({"r": 4, "first_blocks": 1}, "first_blocks=1 goes with keep, not with r"),
         ({"r": 1, "order": "spatial"}, "order='spatial' is unknown"),
         ({"r": 1, "matching": "best"}, "matching='best' is unknown"),
         ({"r": 1, "matching": "kth"}, "needs a k from 2"),

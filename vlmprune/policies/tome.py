@@ -41,6 +41,9 @@ class ToMe(Policy):
             a number of tokens per view, or ``"flops:0.6"``, a share of the FLOPs of the tower's blocks. It is
             solved for the most even schedule over the blocks that feed the projector, a remainder on the first ones;
             where late blocks would have to merge more than half, the earlier ones merge more. In place of ``r``.
+        first_blocks: with ``keep``, only so many blocks from the first on merge; None: all that feed the projector.
+            Fewer save more time for the same ``keep``, and merge on earlier features: 1 merges all of it in block 0,
+            which is worth it where a block is so small that matching costs about as much as what it saves.
         r: tokens merged per block of a view (r): one number, or a list with one number per block, zeros where it ends.
             ``(r, inflect)`` with a float sets both. In a tower that attends in windows, r is per window.
         inflect: tilts one number r over the blocks: -1 falls from ``2 r`` to 0, 1 rises from 0 to ``2 r``.
@@ -76,6 +79,7 @@ class ToMe(Policy):
     takes_flops = True
     instead_of_keep = ("r",)
 
+    first_blocks: int | None = None
     r: int | tuple[int, ...] | tuple[int, float] | None = None
     inflect: float = 0.0
     prop_attn: bool = True
@@ -93,6 +97,9 @@ class ToMe(Policy):
             raise InputError(f"order={self.order!r} is unknown; give 'tome' or 'original'.")
         if self.matching not in ("bipartite", "kth", "random"):
             raise InputError(f"matching={self.matching!r} is unknown; give 'bipartite', 'kth' or 'random'.")
+        first = self.first_blocks
+        if first is not None and (not isinstance(first, int) or first < 1 or self.r is not None):
+            raise InputError(f"first_blocks={first} goes with keep, not with r, and is a whole number from 1.")
         if (self.k is not None) != (self.matching == "kth") or (self.k is not None and self.k < 2):
             raise InputError(
                 f"k={self.k} does not fit matching={self.matching!r}; 'kth' needs a k from 2, others none."
@@ -148,18 +155,23 @@ class ToMe(Policy):
 
     def blocks(self, info: ModelInfo) -> tuple[int, ...]:
         """The blocks that merge; none behind the one that feeds the projector."""
-        last, n = info.vision_layer(-1), schedules.fixed_tokens(info)
+        n = schedules.fixed_tokens(info)
         if self.r is not None:
-            taken = self.schedule(info.vision_depth or 0)
+            taken = self.schedule(info.vision_depth or 0)[: info.vision_layer(-1) + 1]
         elif n is not None:
             taken = self.plan(info, self.budget, n)
         else:
-            return tuple(range(last + 1))
-        return tuple(block for block, number in enumerate(taken[: last + 1]) if number > 0)
+            return tuple(range(self._merging(info)))
+        return tuple(block for block, number in enumerate(taken) if number > 0)
+
+    def _merging(self, info: ModelInfo) -> int:
+        """Blocks over which a budget is spread."""
+        feeding = info.vision_layer(-1) + 1
+        return feeding if self.first_blocks is None else min(self.first_blocks, feeding)
 
     def plan(self, info: ModelInfo, budget: Budget, n: int) -> Taken:
-        """The schedule that a budget means for ``n`` tokens, over the blocks that feed the projector."""
-        blocks = info.vision_layer(-1) + 1
+        """The schedule that a budget means for ``n`` tokens, over the blocks that merge."""
+        blocks = self._merging(info)
         if budget.flops is not None:
             return schedules.spread_to_flops(budget.flops, info, blocks, n)
         return schedules.spread_to(budget.count(n), blocks, n)
@@ -222,7 +234,7 @@ class ToMe(Policy):
 
     def _noted(self, context: Context, selection: Selection) -> Selection:
         """The last block says which budgets were out of reach."""
-        if self.r is not None or context.layer != context.info.vision_layer(-1):
+        if self.r is not None or context.layer != self._merging(context.info) - 1:
             return selection
         return replace(selection, notes=merging.reach_notes(context, self.name, self.shortfall))
 
