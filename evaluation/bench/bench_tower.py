@@ -31,9 +31,9 @@ from vlmprune.evaluation.bench.rows import append_row
 
 RESULTS = Path(__file__).parent / "results" / "tower.csv"
 COLUMNS = (
-    "model", "policy", "keep", "first_blocks", "images", "tokens", "tokens_left", "flops_share", "dense_ms", "reduced_ms",
-    "reduced_q20_ms", "reduced_q80_ms", "speed_up", "repeats", "dtype", "device", "threads", "load", "torch",
-    "transformers", "date",
+    "model", "policy", "keep", "first_blocks", "images", "tokens", "tokens_left", "flops_share", "dense_ms",
+    "reduced_ms", "reduced_q20_ms", "reduced_q80_ms", "speed_up", "repeats", "dtype", "device", "threads", "load",
+    "torch", "transformers", "date",
 )  # fmt: skip
 POLICIES = ("tome", "hiprune")
 REST = 0.44
