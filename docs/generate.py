@@ -25,6 +25,7 @@ from vlmprune.cli.catalogue import policy_facts  # noqa: E402
 from vlmprune.core.registry import registry  # noqa: E402
 from vlmprune.embedded import embedded_models, model_path  # noqa: E402
 from vlmprune.evaluation import vit_curve as curve  # noqa: E402
+from vlmprune.evaluation.bench.speed_tables import read_rows, tower_table, vit_table  # noqa: E402
 from vlmprune.evaluation.compare import RESULTS, read_all  # noqa: E402
 from vlmprune.evaluation.schema import RESULTS_NAME, ResultRow, read_results  # noqa: E402
 from vlmprune.evaluation.tables import render_grid, render_table  # noqa: E402
@@ -34,6 +35,7 @@ MODEL = "tiny-llava"
 PICTURE = ROOT / "docs" / "overlay.png"
 PICTURE_POLICIES = (("hiprune", 0.11), ("todre", 0.11), ("random", 0.11))
 PICTURE_SEED = 11
+SPEEDS = ROOT / "evaluation" / "bench" / "results"
 
 
 def policies_table() -> str:
@@ -78,6 +80,16 @@ def classifier_curve() -> str:
         f"Measured {stamp.started[:10]} on {stamp.device}, {stamp.dtype}, {stamp.attention} attention, threads: "
         f"{stamp.threads}, torch {stamp.versions['torch']}, timm {stamp.versions['timm']}.{_timed(rows)}"
     )
+
+
+def tower_speed() -> str:
+    """Times of vision towers with a merge inside."""
+    return tower_table(read_rows(SPEEDS / "tower.csv"))
+
+
+def vit_speed() -> str:
+    """Images per second of ToMe inside timm classifiers."""
+    return vit_table(read_rows(SPEEDS / "vit.csv"))
 
 
 def _timed(rows: list[CurveRow]) -> str:
@@ -147,6 +159,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "results": results_table,
     "comparison": comparison,
     "vit-curve": classifier_curve,
+    "tower-speed": tower_speed,
+    "vit-speed": vit_speed,
     "card-results": card_results,
 }
 OPTIONAL = ("timm", "open_clip")
