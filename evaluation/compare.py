@@ -25,8 +25,8 @@ RESULTS = Path("evaluation") / "results"
 CALIBRATIONS = "calibration"
 BUDGETS = (1.0, 0.5, 0.33, 0.22, 0.11, 0.05)
 COMPOSED = ("hiprune", "todre")
-"""What chooses among the tokens that `tome` leaves inside the tower, spread over its blocks or all in its first."""
-FIRST_BLOCKS = (None, 1)
+"""What chooses among the tokens that `tome` leaves inside the tower, merged in all of its blocks or the first ones."""
+FIRST_BLOCKS = (None, 2, 1)
 TOWER_SHARE = 0.5
 """Share of the tokens that the merge leaves in a composition."""
 QUESTIONS = 500
@@ -77,7 +77,7 @@ def compare(
 
     Args:
         model: embedded model. tasks, budgets: each budget of each task becomes a file.
-        questions: per task. seed: which ones.
+        questions: per task; a file that exists goes on with as many as it has. seed: which ones.
         folder: of the files, and of calibrations in its sub-folder.
         random_seeds: seeds of ``random``. batch_size: questions per call. progress: show a progress bar.
 
@@ -105,7 +105,7 @@ def compare(
                 model_name=model,
                 policies=[policy for policy in missing if policy is not None],
                 tasks=[task],
-                limit=questions,
+                limit=max((row.n for row in before.rows), default=questions),
                 seed=seed,
                 batch_size=batch_size,
                 random_seeds=random_seeds if keep < 1 else 0,

@@ -42,8 +42,8 @@ class ToMe(Policy):
             solved for the most even schedule over the blocks that feed the projector, a remainder on the first ones;
             where late blocks would have to merge more than half, the earlier ones merge more. In place of ``r``.
         first_blocks: with ``keep``, only so many blocks from the first on merge; None: all that feed the projector.
-            Fewer save more time for the same ``keep``, and merge on earlier features: 1 merges all of it in block 0,
-            which is worth it where a block is so small that matching costs about as much as what it saves.
+            Fewer save more time for the same ``keep`` and lose more: each merges more pairs that differ, on earlier
+            features. Worth it in towers whose blocks are so small that matching costs about as much as it saves.
         r: tokens merged per block of a view (r): one number, or a list with one number per block, zeros where it ends.
             ``(r, inflect)`` with a float sets both. In a tower that attends in windows, r is per window.
         inflect: tilts one number r over the blocks: -1 falls from ``2 r`` to 0, 1 rises from 0 to ``2 r``.
