@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -85,18 +85,29 @@ def pagerank(
     if attention is not None:
         return _iterate(_dense_round(attention, alive, dtype), iters, scores, alive, damping, tolerance)
     assert qk is not None
-    samples, heads = _fitting(*qk, tolerance, chunk_bytes // max(1, shape[2] ** 2 * dtype.itemsize))
-    if heads == 0 or iters == 0:
+    if iters == 0 or not scores.numel():
+        return scores
+    samples, heads = _fitting(*qk, tolerance, chunk_bytes // (shape[2] ** 2 * dtype.itemsize))
+    if heads == 0:
         return _iterate(_Streamed(*qk, scale, alive, chunk_bytes), iters, scores, alive, damping, tolerance)
     found = torch.empty_like(scores)
-    group = shape[1] // qk[1].shape[1]
-    for some in (slice(at, at + samples) for at in range(0, shape[0], samples)):
+    for some in _slices(shape[0], samples):
         living = None if alive is None else alive[some]
-        for part in (slice(at, at + heads) for at in range(0, shape[1], heads)):
-            keys = qk[1][some, part.start // group : part.stop // group]
-            step = _Dense(_attention(qk[0][some, part], keys, scale, living, dtype), None)
+        for part in _slices(shape[1], heads):
+            step = _Dense(_attention(*_heads(*qk, some, part), scale, living), None)
             found[some, part] = _iterate(step, iters, scores[some, part], living, damping, tolerance)
     return found
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(total, start + size))
+
+
+def _heads(q: Tensor, k: Tensor, samples: slice, heads: slice) -> tuple[Tensor, Tensor]:
+    """Queries of some samples and heads, and the keys that these use."""
+    group = q.shape[1] // k.shape[1]
+    return q[samples, heads], k[samples, heads.start // group : heads.stop // group]
 
 
 def _fitting(q: Tensor, k: Tensor, tolerance: float | None, matrices: int) -> tuple[int, int]:
@@ -104,9 +115,10 @@ def _fitting(q: Tensor, k: Tensor, tolerance: float | None, matrices: int) -> tu
 
     Heads that share keys stay together, and with a tolerance, which looks at all of a sample's, all do.
     """
-    heads, together = q.shape[1], q.shape[1] // k.shape[1]
-    if matrices >= heads > 0:
-        return matrices // heads, heads
+    heads = q.shape[1]
+    if matrices >= heads:
+        return matrices // max(1, heads), heads
+    together = heads // k.shape[1]
     return 1, 0 if tolerance is not None else matrices // together * together
 
 
@@ -134,8 +146,7 @@ def _iterate(
     return scores
 
 
-def _dense_round(attention: Tensor | None, alive: Tensor | None, dtype: torch.dtype) -> Round:
-    assert attention is not None
+def _dense_round(attention: Tensor, alive: Tensor | None, dtype: torch.dtype) -> Round:
     matrix = attention.to(dtype)
     if alive is None:
         return _Dense(matrix, None)
@@ -144,9 +155,10 @@ def _dense_round(attention: Tensor | None, alive: Tensor | None, dtype: torch.dt
     return _Dense(matrix, torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, total)))
 
 
-def _attention(q: Tensor, k: Tensor, scale: float | None, alive: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _attention(q: Tensor, k: Tensor, scale: float | None, alive: Tensor | None) -> Tensor:
     """``[b, H, N, N]`` softmax attention to living keys; to all in samples without any, which cast no votes."""
     batch, heads, n, d = q.shape
+    dtype = compute_dtype(q, k)
     queries = (q.to(dtype) * (d**-0.5 if scale is None else scale)).reshape(batch, k.shape[1], -1, d)
     scores = precise_matmul(queries, k.to(dtype).mT).view(batch, heads, n, n)
     if alive is not None:

@@ -147,6 +147,9 @@ def test_without_the_matrix(dtype: torch.dtype, generator: torch.Generator) -> N
                 torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
         oracle = pagerank(None, 5, qk=(q, k), alive=mask, damping=0.1, backend="reference")
         torch.testing.assert_close(oracle.double(), want, atol=1e-5, rtol=1e-5)
+    assert pagerank(None, 2, qk=(q[:0], k[:0])).shape == (0, 4, 21)
+    assert pagerank(None, 2, qk=(q[:, :0], k)).shape == (2, 0, 21)
+    assert not pagerank(None, 2, qk=(q, k), alive=torch.zeros_like(alive)).any()
     once = pagerank(None, 1, qk=(q, k), scale=0.2)
     torch.testing.assert_close(once, column_mass(q, k, scale=0.2, reduce="sum", per_head=True))
 
