@@ -78,17 +78,28 @@ def random_cell(keep: Keep, seed: int, info: ModelInfo) -> Cell:
     return policy_cell(config.build(RANDOM, {"keep": keep, "seed": seed}), info)
 
 
-def random_budget(cell: Cell, mean_kept_layers: float | None, mean_kept_tokens: float | None = None) -> Keep:
+MISSED = 0.1
+"""Share by which, and by a token at least, a policy's tokens are off its budget where the budget tells little."""
+
+
+def random_budget(
+    cell: Cell,
+    mean_kept_layers: float | None,
+    mean_kept_tokens: float | None = None,
+    mean_visual_tokens: float | None = None,
+) -> Keep:
     """The budget at which `random` is compared with a cell.
 
     A share or a number of tokens is the cell's own budget. Where that is not what the decoder works on, `random`
     keeps as many tokens as the cell kept on average over the decoder layers: a policy that cuts inside the decoder
-    costs more than its last layers tell, a list or a FLOP share names no count, and a share of 1.0 hides what a
-    threshold drops.
+    costs more than its last layers tell, a list or a FLOP share names no count, a share of 1.0 hides what a threshold
+    drops, and in small windows a share is met only roughly. What keeps all tokens, as blurring an image does, is
+    compared at its budget.
 
     Args:
         cell: a policy's cell. mean_kept_layers: what it kept, per image, on average over decoder layers; None where
-            unknown. mean_kept_tokens: what it kept in the last layer; None where unknown.
+            unknown. mean_kept_tokens: what it kept in the last layer; None where unknown. mean_visual_tokens: per image,
+            before anything was dropped; None where unknown.
 
     Returns:
         A budget, or None where the cell has no counterpart (it is a reference, or its tokens are unknown).
@@ -99,9 +110,17 @@ def random_budget(cell: Cell, mean_kept_layers: float | None, mean_kept_tokens: 
     plain = budget.tokens is not None or (budget.share is not None and not budget.is_all)
     known = None not in (mean_kept_layers, mean_kept_tokens)
     uneven = known and abs((mean_kept_layers or 0.0) - (mean_kept_tokens or 0.0)) >= 0.5
-    if cell.name == RANDOM or (plain and not uneven and not isinstance(cell.keep, list)):
+    off = uneven or _missed(budget.share, mean_kept_tokens, mean_visual_tokens)
+    if cell.name == RANDOM or (plain and not off and not isinstance(cell.keep, list)):
         return cell.keep
     return None if mean_kept_layers is None else max(1, round(mean_kept_layers))
+
+
+def _missed(share: float | None, kept: float | None, visual: float | None) -> bool:
+    """True if a share of the tokens was asked for, some were dropped, and not about as many."""
+    if share is None or kept is None or visual is None or kept >= visual:
+        return False
+    return abs(kept - share * visual) > max(1.0, MISSED * share * visual)
 
 
 def first_cells(

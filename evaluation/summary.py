@@ -30,7 +30,8 @@ class CellRun:
         """The budget of `random` with which this cell is compared."""
         layers = mean_per_image([sample.kept_layers for sample in self.samples], self.samples)
         tokens = mean_per_image([sample.kept_tokens for sample in self.samples], self.samples)
-        return random_budget(self.cell, layers, tokens)
+        visual = mean_per_image([sample.visual_tokens for sample in self.samples], self.samples)
+        return random_budget(self.cell, layers, tokens, visual)
 
 
 @dataclass
