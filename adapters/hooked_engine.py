@@ -8,7 +8,7 @@ from torch import nn
 
 from vlmprune.adapters.hooks import HookStack
 from vlmprune.adapters.model_family import ModelFamily
-from vlmprune.adapters.sites import plan
+from vlmprune.adapters.sites import Step, plan
 from vlmprune.core.policy import Policy
 
 
@@ -29,13 +29,17 @@ class HookedEngine(ABC):
     def __init__(self, family: ModelFamily, policy: Policy) -> None:
         self.policy = policy
         self.info = family.info()
-        self.steps = plan(policy, self.info)
+        self.steps = self._plan()
         self.enabled = True
         self.last_error: BaseException | None = None
         self._draws = any(step.policy.is_random(self.info) for step in self.steps)
         self._hooks = HookStack()
         self._warned = False
         self._busy: dict[str, int] = {}
+
+    def _plan(self) -> tuple[Step, ...]:
+        """The policy's steps on the model, checked."""
+        return plan(self.policy, self.info)
 
     @property
     @abstractmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -106,6 +107,8 @@ class TowerReducer:
         """
         self.tokens = tokens
         self._contents = tuple(contents)
+        if self._info.full_attention_blocks is not None:
+            self._info = replace(self._info, view_windows=tokens.view_windows)
         self._carried = {}
         self._left = {}
         self.records = []

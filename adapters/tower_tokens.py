@@ -131,6 +131,14 @@ class TowerTokens(ABC):
         return tuple(range(len(self.entered)))
 
     @property
+    def view_windows(self) -> float:
+        """Products of attention over whole views, in those of attention inside the items, of what entered."""
+        views: dict[int, int] = {}
+        for view, length in zip(self.item_views, self.entered, strict=True):
+            views[view] = views.get(view, 0) + length
+        return sum(n * n for n in views.values()) / max(1, sum(n * n for n in self.entered))
+
+    @property
     def computed(self) -> tuple[int, ...]:
         """Tokens of each item that the blocks work on, padding included."""
         return self.map.lengths

@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmprune.adapters.hooked_engine import HookedEngine
 from vlmprune.adapters.hooks import uncompiled
+from vlmprune.adapters.sites import Step, plan
 from vlmprune.adapters.tower_lineage import tower_record
 from vlmprune.adapters.tower_reduction import TowerReducer
 from vlmprune.adapters.vit_family import VitFamily, named
@@ -61,6 +63,11 @@ class VisionEngine(HookedEngine):
         self._images: Tensor | None = None
         self._begun = False
         self._nested = uncompiled(self._open_here)
+
+    def _plan(self) -> tuple[Step, ...]:
+        """Checked for the size of the config, and made for any size: many of these models take others."""
+        plan(self.policy, self.info)
+        return plan(self.policy, replace(self.info, any_size=True))
 
     @property
     def main(self) -> nn.Module:
@@ -170,8 +177,10 @@ class VisionEngine(HookedEngine):
                 "The blocks ran twice in one call of the model, which a policy inside cannot serve; if the call before "
                 "was interrupted, call again."
             )
-        self._begun = True
         states = args[0] if args else kwargs["hidden_states"]
+        if not len(states):
+            return
+        self._begun = True
         tokens = self.family.tokens(states)
         self._run.begin(tokens)
         if self._reducer is not None:

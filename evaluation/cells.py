@@ -97,9 +97,10 @@ def random_budget(
     compared at its budget.
 
     Args:
-        cell: a policy's cell. mean_kept_layers: what it kept, per image, on average over decoder layers; None where
-            unknown. mean_kept_tokens: what it kept in the last layer; None where unknown. mean_visual_tokens: per image,
-            before anything was dropped; None where unknown.
+        cell: a policy's cell.
+        mean_kept_layers: what it kept, per image, on average over decoder layers; None where unknown.
+        mean_kept_tokens: what it kept in the last layer; None where unknown.
+        mean_visual_tokens: what there was; None where unknown.
 
     Returns:
         A budget, or None where the cell has no counterpart (it is a reference, or its tokens are unknown).

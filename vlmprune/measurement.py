@@ -70,7 +70,8 @@ def measure(
         What was measured.
 
     Raises:
-        InputError: no batch, a policy without a measurement, or an ``output`` of another one.
+        InputError: no batch, pixels that are not finite, a model in train mode, a policy without a measurement, or an
+            ``output`` of another one.
         UnsupportedError: a model whose tower cannot be pruned, or that gives no record of it.
         ActiveError: the model is pruned already.
     """
@@ -78,6 +79,8 @@ def measure(
         raise InputError(f"least={least} is out of range; a standard error needs at least 2 batches.")
     if not tolerance > 0:
         raise InputError(f"tolerance={tolerance} is out of range; give a standard error above 0.")
+    if model.training:
+        raise InputError("The model is in train mode; call model.eval() first.")
     resolved, info = config.resolve(policy, **parameters), model_info(model)
     measurement = resolved.measurement(info, tolerance=tolerance, least=least)
     if measurement is None:
@@ -115,8 +118,15 @@ def run_tower(model: nn.Module, inputs: Batch) -> None:
     Raises:
         InputError: there are no pixels in the inputs.
     """
-    if not isinstance(inputs.get("pixel_values"), Tensor):
-        raise InputError(f"A batch needs pixel_values, a tensor; it holds {sorted(inputs)}.")
+    if not isinstance(inputs, Mapping):
+        raise InputError(f"A batch is a dict such as {{'pixel_values': pixels}}, not {type(inputs).__name__}.")
+    pixels = inputs.get("pixel_values")
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or not len(pixels):
+        raise InputError(
+            f"A batch needs pixel_values, a floating tensor of an image or more; it holds {sorted(inputs)}."
+        )
+    if not bool(pixels.isfinite().all()):
+        raise InputError("The pixels of a batch hold NaN or infinity; look at how they are normalised.")
     first = next(model.parameters())
     given = {name: _placed(value, first) for name, value in inputs.items() if name.startswith(IMAGE_INPUTS)}
     encoder: Any = next((getattr(model, name) for name in ENCODERS if hasattr(model, name)), model)

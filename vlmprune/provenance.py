@@ -68,5 +68,5 @@ def check_same(earlier: Found, fresh: Found, names: Iterable[str], output: str |
         if before != now:
             raise InputError(
                 f"{str(output)!r} holds a calibration of another {name} ({before}, now {now}); choose another file, or "
-                "start anew with resume=False."
+                "start anew (resume=False, on the command line --fresh)."
             )

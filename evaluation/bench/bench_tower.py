@@ -3,9 +3,9 @@
     python -m vlmprune.evaluation.bench.bench_tower --model tiny-llava tiny-qwen llava-1.5-tower qwen2.5-vl-tower
 
 Encodes images through the model's own ``get_image_features``, dense and reduced in turns. The last two models have
-random weights in the sizes of released towers (and a decoder of one narrow layer). Column ``flops_share`` is what the
-formula of :func:`vlmprune.core.flops.tower_flops` says of the blocks; patch embedding, norms and the projector are
-in the times only. Column ``load`` is the load average of the machine in the last minute.
+random weights in the sizes of released towers (and a decoder of one narrow layer). Column ``flops_share`` is counted
+while the first policy alone encodes the images, its own products and the whole encoder included; what later policies
+compute is in the times only. Column ``load`` is the load average of the machine in the last minute.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import vlmprune
 from vlmprune.core import config
-from vlmprune.core.flops import tower_flops
+from vlmprune.core.errors import VlmpruneError
 from vlmprune.embedded import embedded_models, load_embedded
 from vlmprune.evaluation.bench.bench_kcenter import device_name, quantiles
 from vlmprune.evaluation.bench.rows import append_row
@@ -120,11 +121,12 @@ def measure(
             times[True].append(_time(base, encoder))
             with handle.disabled():
                 times[False].append(_time(base, encoder))
-        record = report.sites[0]
-        info = handle.info
-    entered = [report.tower_attended[0]] * len(report.tower_attended)
-    dense = tower_flops(info, entered, entered)
-    reduced = tower_flops(info, report.tower_attended, report.tower_passed)
+        tokens = sum(image.n_tokens for image in report.images)
+        left = sum(report.sites[0].tokens_out) if report.sites else tokens
+        with handle.disabled():
+            dense = _flops(base, encoder)
+    with vlmprune.applied(model, first):
+        share = _flops(base, encoder) / dense
     median, low, high = quantiles(times[True])
     dense_ms = quantiles(times[False])[0]
     import transformers
@@ -135,9 +137,9 @@ def measure(
         "keep": keep,
         "first_blocks": "" if first_blocks is None else first_blocks,
         "images": images,
-        "tokens": sum(record.lengths),
-        "tokens_left": sum(record.tokens_out),
-        "flops_share": f"{reduced / dense:.4f}" if reduced and dense else "",
+        "tokens": tokens,
+        "tokens_left": left,
+        "flops_share": f"{share:.4f}",
         "dense_ms": f"{dense_ms:.5g}",
         "reduced_ms": f"{median:.5g}",
         "reduced_q20_ms": f"{low:.5g}",
@@ -152,6 +154,12 @@ def measure(
         "transformers": transformers.__version__,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _flops(base: nn.Module, encoder: dict[str, Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        base.get_image_features(**encoder)
+    return counter.get_total_flops()
 
 
 def _time(base: nn.Module, encoder: dict[str, Tensor]) -> float:
@@ -178,7 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.model:
         for keep in options.keep:
             for images in options.images:
-                row = measure(name, options.policy, keep, images, options.repeats, options.first_blocks)
+                try:
+                    row = measure(name, options.policy, keep, images, options.repeats, options.first_blocks)
+                except VlmpruneError as error:
+                    parser.error(str(error))
                 append_row(options.out, row, COLUMNS)
                 _log.info("%s", " ".join(f"{column}={row[column]}" for column in COLUMNS[:12]))
 

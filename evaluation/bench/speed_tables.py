@@ -19,7 +19,7 @@ def tower_table(rows: Sequence[Row]) -> str:
     """Rows of ``tower.csv``: vision towers with a merge inside, and the policy that chooses behind it."""
     header = (
         "tower", "policy", "left by `tome`", "merged in", "images", "dense ms", "reduced ms (20 to 80 %)", "speed-up",
-        "1 / FLOPs of the blocks",
+        "1 / FLOPs",
     )  # fmt: skip
     lines = []
     for row in sorted(rows, key=lambda row: (row["model"], row["policy"], row["first_blocks"])):

@@ -148,6 +148,21 @@ def test_refusals(tmp_path: Path) -> None:
         vlmprune.measure(model, "dymu", [], keep=0.5)
     with pytest.raises(InputError, match="needs pixel_values"):
         vlmprune.measure(model, "dymu", [{"input_ids": torch.ones(1, 3)}], keep=0.5)
+    bad: list[tuple[Any, str]] = [
+        ([torch.zeros(1, 3, 24, 24)], "A batch is a dict .* not Tensor"),
+        (batches(1)[0], "A batch is a dict .* not str"),
+        ([{"pixel_values": torch.zeros(1, 3, 24, 24, dtype=torch.uint8)}], "a floating tensor of an image or more"),
+        ([{"pixel_values": torch.zeros(0, 3, 24, 24)}], "a floating tensor of an image or more"),
+        (
+            [*batches(1), {"pixel_values": torch.full_like(batches(1)[0]["pixel_values"], torch.nan)}],
+            "hold NaN or infinity",
+        ),
+    ]
+    for given, message in bad:
+        with pytest.raises(InputError, match=message):
+            vlmprune.measure(model, "dymu", given, keep=0.5)
+    with pytest.raises(InputError, match="train mode"):
+        vlmprune.measure(small_llava().train(), "dymu", batches(1), keep=0.5)
     with pytest.raises(InputError, match="Folder .* does not exist"):
         vlmprune.measure(model, "dymu", batches(1), keep=0.5, output=tmp_path / "none" / "found.json")
     for options, message in (({"least": 1}, "least=1"), ({"tolerance": 0.0}, "tolerance=0.0")):

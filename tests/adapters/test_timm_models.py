@@ -195,6 +195,26 @@ def test_sizes_of_pictures() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("policy", "keep"), [("tome", 16), ("tome", 0.95), ("dymu", 40)])
+def test_a_budget_on_pictures_larger_than_the_config_says(policy: str, keep: Any) -> None:
+    """16 patches by the config, 64 in the picture: budgets that leave the former as they are reduce the latter."""
+    parameters = {"mode": "instance"} if policy == "dymu" else {}
+    with vlmprune.applied(timm_model("token"), "tome", keep=16) as handle, torch.no_grad():
+        assert handle.policy.keep == 16  # all patches of the config's size
+    model = vit(dynamic_img_size=True).eval()
+    with vlmprune.applied(model, policy, keep=min(keep, 16), **parameters) as handle, torch.no_grad():
+        model(torch.randn(2, 3, 64, 64))
+        assert handle.last.tower_sites[-1].tokens_out == (1 + (60 if keep == 0.95 else 16),) * 2
+
+
+def test_no_pictures() -> None:
+    model = timm_model("token", dtype=torch.float32)
+    for policy in ("tome", "zero_tprune"):
+        with vlmprune.applied(model, policy, keep=0.5), torch.no_grad():
+            assert model(torch.zeros(0, 3, 32, 32)).shape == (0, 7)
+            assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+
+
 def test_two_pictures_of_one_channel() -> None:
     torch.manual_seed(0)
     model = vit(in_chans=1, img_size=(16, 24), global_pool="token").eval()

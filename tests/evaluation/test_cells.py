@@ -57,7 +57,7 @@ def test_budgets_for_random() -> None:
     # Cut inside the decoder: 7 are left at the end, 60.2 on average. Recycled tokens alone are no such case.
     inside = policy_cell(config.resolve("fastv", keep=7), INFO)
     assert random_budget(inside, 60.2, 7.0) == 60 and random_budget(inside, 7.2, 7.0) == 7
-    # Windows of 16 tokens leave one each, 16 of 196 where 9.8 were asked for; 9 are near enough, and blurring drops none.
+    # Windows leave one token each, 16 where 9.8 were asked for; 9 are near enough, and blurring drops none.
     tower = policy_cell(config.resolve("tome", keep=0.05), INFO)
     assert random_budget(tower, 16.0, 16.0, 196.0) == 16 and random_budget(tower, 9.0, 9.0, 196.0) == 0.05
     assert random_budget(policy_cell(config.resolve("downsample", keep=0.05), INFO), 196.0, 196.0, 196.0) == 0.05

@@ -188,7 +188,7 @@ def test_a_budget_in_the_first_blocks() -> None:
     assert left(ToMe(keep=0.3, first_blocks=2), TOWER, [101, 38]) == (31, 12)
     assert left(ToMe(keep=0.3, first_blocks=9), TOWER, [101]) == (31,)  # the tower has five that feed the projector
     assert left(early, contexts.QWEN, [16, 6]) == (8, 3)
-    with pytest.raises(BudgetError, match="1 blocks .* leave 50 of 100 tokens"):
+    with pytest.raises(BudgetError, match="the one block .* leave 50 of 100 tokens .first_blocks=1 leaves"):
         ToMe(keep=0.4, first_blocks=1).check_count(GRID)
     notes = [selection.notes for _, selection in blocks(ToMe(keep=0.2, first_blocks=2), TOWER, [101])]
     assert notes[0] == () and "leave 25 of 100" in notes[1][0]
@@ -224,7 +224,7 @@ def test_flops_are_met_within_one_token(share: float, info: ModelInfo) -> None:
 
 
 def test_budgets_out_of_reach() -> None:
-    with pytest.raises(BudgetError, match="5 blocks .* merge half each leave 4 of 100 tokens; ask for no less"):
+    with pytest.raises(BudgetError, match="5 blocks .* merge half each leave 4 of 100 tokens; ask for more than that"):
         ToMe(keep=0.02).check_count(GRID)
     with pytest.raises(BudgetError, match=r"cost 0\.\d+ of the dense tower's FLOPs"):
         ToMe(keep="flops:0.05").check_count(GRID)
@@ -246,6 +246,39 @@ def test_windows() -> None:
         policy.check_count(contexts.QWEN)
     whole, edge = left(ToMe(keep=0.5), contexts.QWEN, [16, 6])
     assert (whole, edge) == (8, 3)
+
+
+def test_a_share_that_windows_miss_is_noted() -> None:
+    for keep, missed in ((0.5, False), (0.33, False), (0.22, True), (0.05, True)):
+        *_, (_, last) = blocks(ToMe(keep=keep), contexts.QWEN, [16] * 12 + [4])
+        assert bool(last.notes) == missed, keep
+    *_, (_, last) = blocks(ToMe(keep=0.05), contexts.QWEN, [16] * 12 + [4])
+    assert "13 of 196 tokens are left where keep=0.05 asks for 10" in last.notes[0]
+    *_, (_, other) = blocks(ToMe(keep=0.05), replace(contexts.QWEN, full_attention_blocks=None), [16] * 13)
+    assert not other.notes
+
+
+def test_flops_of_windows_count_attention_over_the_view() -> None:
+    """A view of 16 windows whose blocks 1 and 3 attend to all of it."""
+    info = replace(contexts.QWEN, vision_depth=4, feature_block=3, full_attention_blocks=(1, 3), view_windows=16.0)
+    policy, n, windows = ToMe(keep="flops:0.6"), 16, 16
+
+    def cost(taken: tuple[int, ...]) -> float:
+        total, left = 0.0, n
+        for block, number in enumerate(taken):
+            attended, passed = 4 * left * windows, 4 * (left - number) * windows
+            reach = attended if block in (1, 3) else 4 * left
+            total += 8 * attended * info.vision_hidden**2 + 4 * attended * reach * info.vision_hidden
+            total += (6 if info.vision_gated else 4) * passed * info.vision_hidden * info.vision_ffn
+            left -= number
+        return total
+
+    taken = policy.plan(info, policy.budget, n)
+    dense = cost((0,) * 4)
+    fewer = list(taken)
+    fewer[max(block for block, number in enumerate(taken) if number == max(taken))] -= 1
+    assert cost(taken) <= 0.6 * dense < cost(tuple(fewer))
+    assert policy.plan(replace(info, view_windows=1.0), policy.budget, n) != taken
 
 
 def test_sizes_of_the_tower_must_be_known() -> None:
@@ -286,6 +319,7 @@ def test_r_counts_over_the_whole_tower() -> None:
         ({"keep": (0.5, 0.4)}, "one budget for all blocks"),
         ({"keep": 0.5, "first_blocks": 0}, "first_blocks=0 goes with keep"),
         ({"keep": 0.5, "first_blocks": 1.5}, "first_blocks=1.5"),
+        ({"keep": 0.5, "first_blocks": True}, "first_blocks=True"),
         ({"r": 4, "first_blocks": 1}, "first_blocks=1 goes with keep, not with r"),
         ({"r": 1, "order": "spatial"}, "order='spatial' is unknown"),
         ({"r": 1, "matching": "best"}, "matching='best' is unknown"),

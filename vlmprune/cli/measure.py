@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ALLOWED = 0.05
 """Deviation from the budget, on pictures that were not measured, from which a note is printed."""
+LEAST = 10
+"""Batches that a measurement takes at least."""
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 256
 
 Pictures = Callable[[], Iterator["Image.Image"]]
@@ -100,6 +102,7 @@ def run(
             batched(prepare, pictures(), batch, options.samples),
             held_out=batched(prepare, others(), batch, most),
             tolerance=options.tolerance,
+            least=LEAST,
             output=output,
             resume=not options.fresh,
             progress=None if advance is None else partial(_shown, advance),
@@ -108,7 +111,11 @@ def run(
         print_json(found.model_dump())
     else:
         _show(found, policy, output)
-    if not found.converged:
+    if not found.converged and found.batches < LEAST:
+        print_error(
+            f"Only {found.batches} batches were measured of {LEAST} or more; give more pictures or a smaller --batch."
+        )
+    elif not found.converged:
         print_error(
             f"Some standard error is still above {found.tolerance:g}; more pictures (--samples) make it smaller."
         )

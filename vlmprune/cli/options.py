@@ -29,7 +29,8 @@ KeepOption = Annotated[
     ),
 ]
 ParamOption = Annotated[
-    list[str] | None, typer.Option("--param", help="A parameter of the policy as key=value; may be repeated.")
+    list[str] | None,
+    typer.Option("--param", help="A parameter as key=value, of a composition as policy.key=value; may be repeated."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")]
@@ -44,7 +45,7 @@ def build_policy(
     Args:
         name: a registered name, names joined by ``+`` (a composition, one budget each), or a config file.
         keep: budget as text; None takes the file's, else ``default``, unless a parameter stands in its place.
-        parameters: hyper-parameters, for a single name only.
+        parameters: hyper-parameters, of a composition as ``member.key``.
         default: see ``keep``.
 
     Raises:
@@ -62,7 +63,28 @@ def build_policy(
         if keep is None and set(given) & set(registry.get(name).instead_of_keep):
             return resolve(name, **given)
         return resolve(name, keep=budget, **given)
-    return resolve([part.strip() for part in name.split("+")], keep=budget, **given)
+    names = [part.strip() for part in name.split("+")]
+    own = _by_member(given, names)
+    if not given or not isinstance(budget, list) or len(budget) != len(names):
+        return resolve(names, keep=budget)
+    return resolve([resolve(part, keep=one, **own[part]) for part, one in zip(names, budget, strict=True)])
+
+
+def _by_member(parameters: dict[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
+    """Parameters of a composition's members, given as ``member.key``.
+
+    Raises:
+        InputError: a parameter that names no member.
+    """
+    found: dict[str, dict[str, Any]] = {part: {} for part in names}
+    for key, value in parameters.items():
+        member, dot, own = key.partition(".")
+        if not dot or member not in found:
+            raise InputError(
+                f"{key} names no member of {'+'.join(names)}; write it as one's own, such as {names[0]}.{own or key}."
+            )
+        found[member][own] = value
+    return found
 
 
 def parse_parameters(pairs: list[str] | None) -> dict[str, Any]:

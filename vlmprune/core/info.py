@@ -24,10 +24,13 @@ class ModelInfo:
         has_cls: the tower has a CLS token.
         prefix_tokens: tokens of the tower that stand before the patches (CLS, distillation, registers).
         grid: patch grid (height, width) of a view where the config fixes it.
+        any_size: views may be of another size than ``grid``, so that nothing is planned by it.
         tokens_per_image: visual tokens per image where the config fixes it.
         merge_unit: patches that make one LLM token (4 for a 2 x 2 merger).
         mrope: the decoder uses multi-axis rotary positions.
         full_attention_blocks: vision blocks that attend to the whole image; None means all.
+        view_windows: in a tower with windows, the products of attention over whole views, in those of attention inside
+            the windows; pictures decide it, so it is 1 until a tower runs.
         text_hidden, text_heads, text_kv_heads, text_head_dim, text_ffn: sizes of the decoder.
         vision_hidden, vision_heads, vision_ffn: sizes of the tower's blocks.
         vision_gated: the tower's MLP has three matrices (SwiGLU), not two.
@@ -44,10 +47,12 @@ class ModelInfo:
     has_cls: bool = False
     prefix_tokens: int = 0
     grid: tuple[int, int] | None = None
+    any_size: bool = False
     tokens_per_image: int | None = None
     merge_unit: int = 1
     mrope: bool = False
     full_attention_blocks: tuple[int, ...] | None = None
+    view_windows: float = 1.0
     text_hidden: int | None = None
     text_heads: int | None = None
     text_kv_heads: int | None = None

@@ -89,6 +89,10 @@ def free_entered(context: Context) -> tuple[int, ...]:
     return tuple(max(0, length - context.prefix) for length in context.entered)
 
 
+MISSED = 0.1
+"""Share by which windows may be off a budget before a note says so."""
+
+
 def host_counts(counts: Sequence[int], device: torch.device) -> int | Tensor:
     """One number where all are equal, else an int64 tensor that was copied without waiting for the device."""
     return counts[0] if counts and len(set(counts)) == 1 else on_device(list(counts), device)
@@ -100,7 +104,10 @@ def block_generator(context: Context, item: int) -> torch.Generator:
 
 
 def reach_notes(
-    context: Context, name: str, shortfall: Callable[[ModelInfo, Budget, int], str | None]
+    context: Context,
+    name: str,
+    shortfall: Callable[[ModelInfo, Budget, int], str | None],
+    counts: Sequence[int],
 ) -> tuple[str, ...]:
     """What the report says of budgets that a policy's blocks could not reach, each reason once.
 
@@ -108,6 +115,24 @@ def reach_notes(
         context: at the policy's last block.
         name: of the policy.
         shortfall: reason for a budget on so many free tokens, None where it is reached.
+        counts: tokens of each item that are left.
     """
-    reasons = {shortfall(context.info, context.budget, n) for n in set(free_entered(context)) if n}
+    pairs = {(context.item_budget(item), n) for item, n in enumerate(free_entered(context)) if n}
+    reasons = {shortfall(context.info, budget, n) for budget, n in pairs}
+    reasons.add(_missed_in_windows(context, counts))
     return tuple(sorted(f"{name}: {reason}." for reason in reasons if reason))
+
+
+def _missed_in_windows(context: Context, counts: Sequence[int]) -> str | None:
+    """What keeps a share from being met where a view's windows are reduced one by one, None if it is met."""
+    entered, budgets = free_entered(context), [context.item_budget(item) for item in range(context.n_items)]
+    if context.info.full_attention_blocks is None or any(budget.share is None for budget in budgets):
+        return None
+    wanted = sum((budget.share or 0.0) * n for budget, n in zip(budgets, entered, strict=True))
+    left = sum(counts) - context.prefix * context.n_items
+    if abs(left - wanted) <= max(1.0, MISSED * wanted):
+        return None
+    return (
+        f"{left} of {sum(entered)} tokens are left where {context.budget} asks for {wanted:.0f}: windows of "
+        f"{max(entered)} tokens are reduced one by one, in whole tokens and to one at least"
+    )

@@ -113,9 +113,10 @@ def merged_flops(info: ModelInfo, taken: Sequence[int], n: int) -> float:
 
 
 def view_flops(info: ModelInfo, attended: Sequence[int], passed: Sequence[int]) -> float:
-    """FLOPs of the tower for one view of so many free tokens in each block's attention and MLP.
+    """FLOPs of the tower for one view, or one window, of so many free tokens in each block's attention and MLP.
 
-    Later blocks work on what the last one named passes on. Tokens made of several patches count as these.
+    Later blocks work on what the last one named passes on. Tokens made of several patches count as these. Of a window,
+    blocks that attend to whole views count with its share of that attention.
 
     Raises:
         BudgetError: the sizes of the tower are not known.
@@ -129,12 +130,13 @@ def view_flops(info: ModelInfo, attended: Sequence[int], passed: Sequence[int]) 
             f"The sizes of the vision tower of {info.model_class} are not known, so no schedule can be solved for a "
             "share of its FLOPs; give a share or a number of tokens."
         )
-    return found
+    whole = [pair[0] for block, pair in enumerate(patches) if block in (info.full_attention_blocks or ())]
+    return found + 4 * (info.view_windows - 1) * (info.vision_hidden or 0) * sum(n * n for n in whole)
 
 
 def view_tokens(info: ModelInfo) -> int | None:
     """Free tokens of a view as it enters the tower, where the config fixes the grid."""
-    return None if info.grid is None else info.grid[0] * info.grid[1] // info.merge_unit
+    return None if info.grid is None or info.any_size else info.grid[0] * info.grid[1] // info.merge_unit
 
 
 def fixed_tokens(info: ModelInfo) -> int | None:

@@ -199,7 +199,9 @@ class DyMU(Policy):
         official = self.compat == "official"
         wanted = self.wanted(context) if self.mode != "dynamic" or self.max_r_ratio is not None else ()
         if self.mode != "dynamic" and not any(wanted):
-            return replace(Selection.keep_all(context.valid, context.lengths), notes=self._notes(context))
+            return replace(
+                Selection.keep_all(context.valid, context.lengths), notes=self._notes(context, context.lengths)
+            )
         limits = None if self.max_r_ratio is None else [int(self.max_r_ratio * r) for r in wanted]
         if self.mode == "dynamic":
             tau = self.block_thresholds(context.info)[context.layer or 0]
@@ -218,15 +220,13 @@ class DyMU(Policy):
             selection = Selection.keep_all(context.valid, counts, scores)
         else:
             selection = replace(merging.merge_selection(context, match, counts), scores=scores)
-        return replace(selection, notes=self._notes(context))
+        return replace(selection, notes=self._notes(context, counts))
 
-    def _notes(self, context: Context) -> tuple[str, ...]:
+    def _notes(self, context: Context, counts: tuple[int, ...]) -> tuple[str, ...]:
         """The last block says which budgets a schedule could not reach."""
         if self.mode == "dynamic" or context.layer != context.info.vision_layer(-1):
             return ()
-        pairs = {(context.item_budget(item), n) for item, n in enumerate(merging.free_entered(context)) if n}
-        reasons = {self._shortfall(context.info, budget, n) for budget, n in pairs}
-        return tuple(sorted(f"dymu: {reason}." for reason in reasons if reason))
+        return merging.reach_notes(context, self.name, self._shortfall, counts)
 
     def measurement(self, info: ModelInfo, *, tolerance: float = 1e-3, least: int = 10) -> ThresholdMeans | None:
         """The thresholds at which batches of pictures keep ``keep`` on average; None where none are needed.

@@ -37,13 +37,13 @@ class ToMe(Policy):
     register tokens neither merge nor move. A block merges at most half of its other tokens.
 
     Args:
-        keep: share of a view's tokens that is left at the tower's exit, ``int(share * N)`` without CLS and the like, or
-            a number of tokens per view, or ``"flops:0.6"``, a share of the FLOPs of the tower's blocks. It is
-            solved for the most even schedule over the blocks that feed the projector, a remainder on the first ones;
-            where late blocks would have to merge more than half, the earlier ones merge more. In place of ``r``.
+        keep: share of a view's tokens that is left at the tower's exit, ``int(share * N)`` without CLS and the like (in
+            a tower with windows of each window, at least one), or a number of tokens per view, or ``"flops:0.6"``, a
+            share of the FLOPs of the tower's blocks. It is solved for the most even schedule over the blocks that feed
+            the projector, a remainder on the first ones; where late blocks would have to merge more than half, the
+            earlier ones merge more. In place of ``r``.
         first_blocks: with ``keep``, only so many blocks from the first on merge; None: all that feed the projector.
-            Fewer save more time for the same ``keep`` and lose more: each merges more pairs that differ, on earlier
-            features. Worth it in towers whose blocks are so small that matching costs about as much as it saves.
+            Fewer save more time for the same ``keep`` and lose more: they merge more pairs that differ.
         r: tokens merged per block of a view (r): one number, or a list with one number per block, zeros where it ends.
             ``(r, inflect)`` with a float sets both. In a tower that attends in windows, r is per window.
         inflect: tilts one number r over the blocks: -1 falls from ``2 r`` to 0, 1 rises from 0 to ``2 r``.
@@ -98,7 +98,7 @@ class ToMe(Policy):
         if self.matching not in ("bipartite", "kth", "random"):
             raise InputError(f"matching={self.matching!r} is unknown; give 'bipartite', 'kth' or 'random'.")
         first = self.first_blocks
-        if first is not None and (not isinstance(first, int) or first < 1 or self.r is not None):
+        if first is not None and (type(first) is not int or first < 1 or self.r is not None):
             raise InputError(f"first_blocks={first} goes with keep, not with r, and is a whole number from 1.")
         if (self.k is not None) != (self.matching == "kth") or (self.k is not None and self.k < 2):
             raise InputError(
@@ -189,7 +189,9 @@ class ToMe(Policy):
             return None
         else:
             least = f"leave {left} of {n} tokens"
-        return f"{budget} is out of reach: {len(taken)} blocks of {info.model_class} that merge half each {least}"
+        blocks = "the one block" if len(taken) == 1 else f"{len(taken)} blocks"
+        more = "" if self.first_blocks is None else f" (first_blocks={self.first_blocks} leaves the others out)"
+        return f"{budget} is out of reach: {blocks} of {info.model_class} that merge half each {least}{more}"
 
     def check_count(self, info: ModelInfo) -> None:
         """See :meth:`vlmprune.core.policy.Policy.check_count`; also refuses budgets that no schedule reaches."""
@@ -202,7 +204,7 @@ class ToMe(Policy):
         n = schedules.fixed_tokens(info)
         reason = None if n is None else self.shortfall(info, self.budget, n)
         if reason is not None:
-            raise BudgetError(f"{reason}; ask for no less, or reduce the tokens behind the encoder as well.")
+            raise BudgetError(f"{reason}; ask for more than that, or reduce the tokens behind the encoder as well.")
 
     def wanted(self, context: Context) -> tuple[int, ...]:
         """Tokens that the schedule takes from each item in this block."""
@@ -236,7 +238,7 @@ class ToMe(Policy):
         """The last block says which budgets were out of reach."""
         if self.r is not None or context.layer != self._merging(context.info) - 1:
             return selection
-        return replace(selection, notes=merging.reach_notes(context, self.name, self.shortfall))
+        return replace(selection, notes=merging.reach_notes(context, self.name, self.shortfall, selection.out_counts()))
 
     def selection_flops(self, info: ModelInfo, n_tokens: int, n_kept: int) -> float | None:
         """Mean and norm of the keys, cosines of the two halves, and the merged features."""

@@ -183,7 +183,7 @@ class ZeroTPrune(Policy):
         n = schedules.fixed_tokens(info)
         reason = None if self._rated or self.budget.is_all else self.shortfall(info, self.budget, n or 1)
         if n is not None and reason is not None:
-            raise BudgetError(f"{reason}; ask for no less, or begin to prune in earlier layers.")
+            raise BudgetError(f"{reason}; ask for more than that, or begin to prune in earlier layers.")
 
     def shortfall(self, info: ModelInfo, budget: Budget, n: int) -> str | None:
         """What keeps a share of the FLOPs from being met on ``n`` tokens, None if nothing does."""
@@ -233,7 +233,8 @@ class ZeroTPrune(Policy):
             left = marked(best, context.width) | (context.valid & ~free)
         counts = tuple(length - now + k for length, now, k in zip(context.lengths, n, keep, strict=True))
         selection = Selection.from_mask(left, counts, scores)
-        notes = reach_notes(context, self.name, self.shortfall) if stage == last and not self._rated else ()
+        last_chosen = stage == last and not self._rated
+        notes = reach_notes(context, self.name, self.shortfall, counts) if last_chosen else ()
         return replace(selection, notes=notes)
 
     def _counts(self, context: Context, stage: int, n: Sequence[int]) -> Counts:
