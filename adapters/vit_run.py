@@ -132,7 +132,8 @@ class VitRun:
 def weighted_mean(states: Tensor, weights: Tensor) -> Tensor:
     """Mean ``[V, D]`` of ``states [V, N, D]``, each token as often as ``weights [V, N]`` say."""
     wide = torch.promote_types(states.dtype, torch.float32)
-    share = (weights / weights.sum(1, keepdim=True).clamp_min(1)).to(wide)
+    weights = weights.to(wide)
+    share = weights / weights.sum(1, keepdim=True).clamp_min(1)
     return (share[:, None] @ states.to(wide))[:, 0].to(states.dtype)
 
 
@@ -143,7 +144,7 @@ def present_max(states: Tensor, weights: Tensor) -> Tensor:
 
 def size_bias(weights: Tensor, dtype: torch.dtype) -> Tensor:
     """What to add to the scores of keys that each stand for ``weights [V, N]`` tokens; -inf for those of none."""
-    return weights.log().to(dtype)
+    return weights.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
 
 
 def as_mask(bias: Tensor, dtype: torch.dtype) -> Tensor:

@@ -45,7 +45,7 @@ PICTURES = images(2, 64)
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
