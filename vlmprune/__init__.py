@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vlmprune._version import __version__
 
 if TYPE_CHECKING:
-    from vlmprune.api import Handle, applied, apply, available
+    from vlmprune.api import Handle, applied, apply, available, handle_of
     from vlmprune.calibration import calibrate
     from vlmprune.core.budget import Budget
     from vlmprune.core.policy import Policy
@@ -36,6 +36,7 @@ _PUBLIC = {
     "apply": "vlmprune.api",
     "available": "vlmprune.api",
     "calibrate": "vlmprune.calibration",
+    "handle_of": "vlmprune.api",
     "load_embedded": "vlmprune.embedded",
     "measure": "vlmprune.measurement",
     "plot_groups": "vlmprune.group_picture",
@@ -54,6 +55,7 @@ __all__ = [
     "apply",
     "available",
     "calibrate",
+    "handle_of",
     "load_embedded",
     "measure",
     "plot_groups",

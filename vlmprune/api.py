@@ -149,14 +149,12 @@ def apply(
         ActiveError: the model is pruned already.
     """
     resolved = config.resolve(policy, **parameters)
-    if isinstance(model, nn.Module):
-        for module in model.modules():
-            if HANDLE in module.__dict__:
-                active = module.__dict__[HANDLE]
-                raise ActiveError(
-                    f"{type(module).__name__} is pruned already by {active!r}; call handle.remove() first, or compose: "
-                    "vlmprune.apply(model, ['a', 'b'], keep=[...])."
-                )
+    active = handle_of(model)
+    if active is not None:
+        raise ActiveError(
+            f"{type(model).__name__} is pruned already by {active!r}; call handle.remove() first (of a copy: "
+            "vlmprune.handle_of(model).remove()), or compose: vlmprune.apply(model, ['a', 'b'], keep=[...])."
+        )
     engine = make_engine(find_family(model, spans), resolved, restore_length, processor)
     hook = attach_processor(resolved, processor, engine.info)
     try:
@@ -180,6 +178,15 @@ def applied(model: nn.Module, policy: Any, /, **arguments: Any) -> Iterator[Hand
         yield handle
     finally:
         handle.remove()
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of a model that is pruned, or of a part of it that is; None where nothing is.
+
+    A deep copy of a pruned model is pruned too, by a handle of its own.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return next((module.__dict__[HANDLE] for module in modules if HANDLE in module.__dict__), None)
 
 
 def available(pattern: str = "*") -> list[str]:

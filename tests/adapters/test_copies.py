@@ -11,6 +11,7 @@ from llava_prompts import N, make_prompt, pick_tokens, small_llava
 from model_state import decoder_signals, hooked, logits
 
 import vlmprune
+from vlmprune.core.errors import ActiveError
 from vlmprune.core.sites import Site
 
 
@@ -44,7 +45,7 @@ def test_a_copy_prunes_independently(kind: str) -> None:
     handle = vlmprune.apply(model, policy)
     pruned = logits(model, prompt)
     twin = copy.deepcopy(model)
-    other = twin._vlmprune
+    other = vlmprune.handle_of(twin)
     assert other is not handle and other.model is twin and other.active
     report = handle.last
     assert torch.equal(logits(twin, prompt), pruned)
@@ -56,6 +57,9 @@ def test_a_copy_prunes_independently(kind: str) -> None:
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(logits(twin, prompt), pruned)
+    with pytest.raises(ActiveError, match=r"vlmprune.handle_of\(model\).remove\(\)"):
+        vlmprune.apply(twin, "random", keep=0.5)
+    assert vlmprune.handle_of(model) is None and vlmprune.handle_of(twin.model.language_model) is other
     before = [name for name, module in twin.named_modules() if hooked(module, other._engine.hook_ids)]
     assert before
     other.remove()
