@@ -49,7 +49,7 @@ PLAN: Plan = (
     ),
 )
 """Rows beside the dense one, those of policies that are not registered left out. DyMU's thresholds were found by
-`vlmprune calibrate dymu --model tiny-vit --keep KEEP --output FILE`."""
+`vlmprune calibrate dymu --model tiny-vit --keep KEEP --tolerance 0.0001 --output FILE`."""
 
 
 @dataclass(frozen=True)
